@@ -1,0 +1,1 @@
+"""LoRA and its relatives: read, merge exactly, undo exactly, train, write."""
