@@ -1,0 +1,1 @@
+"""Fourstroke: Stable Diffusion pictures in one to eight steps."""

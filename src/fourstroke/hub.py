@@ -1,0 +1,118 @@
+"""From a name to files: hub repository, shipped model, or folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ZOO = Path(__file__).parent / "zoo"
+ALIASES = {"emoji": "emoji/base"}
+
+
+def shipped() -> list[str]:
+    """The names of the models and adapters inside the package, such as ``emoji/base``."""
+    return sorted(f"{path.parent.name}/{path.name}" for path in ZOO.glob("*/*") if path.is_dir())
+
+
+def local_folder(name: str | os.PathLike[str]) -> Path | None:
+    """The folder that ``name`` stands for without any network: an existing folder or a shipped model."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    inside = ZOO / ALIASES.get(str(name), str(name))
+    return inside if str(name) and ZOO in inside.parents and inside.is_dir() else None
+
+
+def required(files: Iterable[str], *names: str) -> list[str]:
+    """``names``, after a check that all of them are among ``files``.
+
+    Raises:
+        FileNotFoundError: one is not; the message names it.
+    """
+    have = set(files)
+    for name in names:
+        if name not in have:
+            raise FileNotFoundError(f"there is no {name!r}; it holds: {', '.join(sorted(have)[:20]) or 'no files'}.")
+    return list(names)
+
+
+def fetch(
+    name: str | os.PathLike[str],
+    select: Callable[[list[str]], list[str]],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Path:
+    """A local folder that holds the files which ``select`` chooses from the list of all files of ``name``.
+
+    A folder or a shipped model is used where it is. A hub repository is asked for its list of files, and what is not
+    yet in huggingface_hub's cache is downloaded, with progress bars; without a network (or with ``local_files_only``
+    or ``HF_HUB_OFFLINE=1``) the newest snapshot in the cache is used.
+
+    Raises:
+        FileNotFoundError: no such folder or repository, or not in the cache while offline, or ``select`` found a file
+            missing. The message names ``name``.
+    """
+    folder = local_folder(name)
+    if folder is None:
+        _check_is_repository_id(name)
+        options = {"revision": revision, "cache_dir": cache_dir}
+        folder = None if local_files_only else _download(str(name), select, token, force_download, **options)
+        folder = folder or _cached(str(name), **options)
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    try:
+        select(sorted(files))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: {error}") from None
+    return folder
+
+
+def _check_is_repository_id(name: str | os.PathLike[str]) -> None:
+    text = str(name)
+    if isinstance(name, os.PathLike) or text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text:
+        raise FileNotFoundError(
+            f"{text!r} is neither a folder, nor a shipped model ({', '.join(shipped())}), nor a hub id of the form "
+            "'owner/name'. Check the spelling."
+        )
+
+
+def _download(
+    name: str, select: Callable[[list[str]], list[str]], token: str | bool | None, force: bool, **options
+) -> Path | None:
+    """The snapshot folder after downloading what is missing, or None when the hub cannot be reached."""
+    import httpx
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        files = HfApi(token=token).list_repo_files(name, revision=options["revision"])
+        wanted = select(files)
+        return Path(snapshot_download(name, allow_patterns=wanted, token=token, force_download=force, **options))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise FileNotFoundError(
+            f"The hub has no repository {name!r} at revision {options['revision'] or 'main'!r} that you may read. Check "
+            "the spelling, or pass token= when it is gated or private."
+        ) from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: {error}") from None
+    except (httpx.TransportError, OfflineModeIsEnabled, ConnectionError):
+        return None
+
+
+def _cached(name: str, *, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{name!r} is not in the cache and the hub cannot be reached. Go online once to download it, or give a "
+            f"folder. Shipped models need no network: {', '.join(shipped())}."
+        ) from None

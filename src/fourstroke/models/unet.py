@@ -1,0 +1,295 @@
+"""The UNet of Stable Diffusion 1.5, 2.x, SDXL and SSD-1B; what differs between them is data in the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import UNetConfig
+from ..loading import Model
+from .layers import Downsample2D, ResnetBlock2D, TimestepEmbedding, Transformer2DModel, Upsample2D, timestep_embedding
+
+
+class Residuals(NamedTuple):
+    """What a control network or an adapter adds inside the UNet.
+
+    Attributes:
+        down: one tensor a skip connection, in the order in which the down path makes them (ControlNet).
+        mid: added after the mid block (ControlNet).
+        intra: one tensor a down block, added before its downsampler (T2I-Adapter).
+    """
+
+    down: tuple[Tensor, ...] = ()
+    mid: Tensor | None = None
+    intra: tuple[Tensor, ...] = ()
+
+
+class Stage(nn.Module):
+    """One level of the network: resnets, each with an optional transformer and an optional motion module after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.motion_modules: nn.ModuleList | None = None
+
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor, frames: int) -> Tensor:
+        """Resnet ``i`` and what follows it: (N, C_in, H, W) -> (N, C, H, W)."""
+        x = self.resnets[i](x, temb)
+        if self.attentions is not None:
+            x = self.attentions[i](x, context)
+        return x if self.motion_modules is None else self.motion_modules[i](x, frames)
+
+
+class DownBlock(Stage):
+    """A level on the way down; every layer's output is kept for the way up."""
+
+    def __init__(self, config: UNetConfig, level: int, in_channels: int, temb_channels: int):
+        super().__init__()
+        channels = config.block_out_channels[level]
+        layers = config.per_level("layers_per_block")[level]
+        self.attentions = _transformers(config, config.down_block_types[level], level, _down_depths(config)[level])
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(
+                channels if i else in_channels, channels, temb_channels, config.norm_num_groups, config.norm_eps
+            )
+            for i in range(layers)
+        )
+        last = level == len(config.block_out_channels) - 1
+        self.downsamplers = None if last else nn.ModuleList([Downsample2D(channels)])
+
+    def forward(
+        self, x: Tensor, temb: Tensor, context: Tensor, frames: int, intra: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(N, C_in, H, W) -> (N, C, H/2, W/2) and the skip connections; ``intra`` (N, C, H, W) is added to the last."""
+        skips = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, temb, context, frames)
+            if intra is not None and i == len(self.resnets) - 1:
+                x = x + intra
+            skips.append(x)
+        if self.downsamplers is not None:
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """Resnet, transformer, resnet at the lowest resolution; SSD-1B has one resnet and no transformer."""
+
+    def __init__(self, config: UNetConfig, temb_channels: int):
+        super().__init__()
+        level = len(config.block_out_channels) - 1
+        channels = config.block_out_channels[level]
+        crossed = config.mid_block_type == "UNetMidBlock2DCrossAttn"
+        depths = (_depths(config.transformer_layers_per_block, level, config, 1)[0],) if crossed else ()
+        self.attentions = nn.ModuleList(_transformer(config, level, depth) for depth in depths)
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(channels, channels, temb_channels, config.norm_num_groups, config.norm_eps)
+            for _ in range(1 + len(depths))
+        )
+        self.motion_modules: nn.ModuleList | None = None
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor, frames: int) -> Tensor:
+        """(N, C, h, w) -> (N, C, h, w)."""
+        x = self.resnets[0](x, temb)
+        for i, attention in enumerate(self.attentions):
+            x = attention(x, context)
+            if self.motion_modules is not None:
+                x = self.motion_modules[i](x, frames)
+            x = self.resnets[i + 1](x, temb)
+        return x
+
+
+class UpBlock(Stage):
+    """A level on the way up; every layer takes one skip connection. ``level`` counts down the network."""
+
+    def __init__(self, config: UNetConfig, level: int, in_channels: int, temb_channels: int):
+        super().__init__()
+        outputs = config.block_out_channels
+        channels, top = outputs[level], level == 0
+        layers = config.per_level("layers_per_block")[level] + 1
+        position = len(outputs) - 1 - level
+        self.attentions = _transformers(config, config.up_block_types[position], level, _up_depths(config)[level])
+        last_skip = outputs[0] if top else outputs[level - 1]
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(
+                (channels if i else in_channels) + (channels if i < layers - 1 else last_skip),
+                channels,
+                temb_channels,
+                config.norm_num_groups,
+                config.norm_eps,
+            )
+            for i in range(layers)
+        )
+        self.upsamplers = None if top else nn.ModuleList([Upsample2D(channels)])
+
+    def forward(
+        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor, frames: int, size: tuple[int, int] | None
+    ) -> Tensor:
+        """(N, C_in, H, W) and its skip connections (taken off the list's end) -> (N, C, 2H, 2W) or ``size``."""
+        for i in range(len(self.resnets)):
+            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), temb, context, frames)
+        return x if self.upsamplers is None else self.upsamplers[0](x, size)
+
+
+class UNet2DConditionModel(Model):
+    """Predicts the noise (or v, or the sample) in latents, given a timestep and a text.
+
+    References: Rombach et al. 2022 (SD), Podell et al. 2023 (SDXL's micro-conditioning), Gupta et al. 2024 (SSD-1B),
+    Luo et al. 2023 (guidance embedding, ``time_cond_proj_dim``).
+    """
+
+    config_class = UNetConfig
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        self.config: UNetConfig = config
+        outputs, groups = config.block_out_channels, config.norm_num_groups
+        levels = range(len(outputs))
+        temb_channels = 4 * outputs[0]
+        self.conv_in = nn.Conv2d(config.in_channels, outputs[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(outputs[0], temb_channels, config.time_cond_proj_dim)
+        if config.addition_embed_type == "text_time":
+            if not (config.projection_class_embeddings_input_dim and config.addition_time_embed_dim):
+                raise ValueError(
+                    "UNet2DConditionModel: addition_embed_type 'text_time' needs addition_time_embed_dim and "
+                    "projection_class_embeddings_input_dim; SDXL has 256 and 2816."
+                )
+            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_channels)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(config, level, outputs[max(level - 1, 0)], temb_channels) for level in levels
+        )
+        self.mid_block = MidBlock(config, temb_channels) if config.mid_block_type else None
+        self.up_blocks = nn.ModuleList(
+            UpBlock(config, level, outputs[min(level + 1, len(outputs) - 1)], temb_channels)
+            for level in reversed(levels)
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, outputs[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(outputs[0], config.out_channels, 3, padding=1)
+
+    def embed(
+        self,
+        timestep: Tensor | float,
+        batch: int,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        """The activated embedding of time (and SDXL's sizes and pooled text, LCM's guidance): (batch, 4 C0)."""
+        config, dtype = self.config, self.dtype
+        timestep = torch.as_tensor(timestep, device=self.device).reshape(-1).expand(batch)
+        frequencies = timestep_embedding(
+            timestep,
+            config.block_out_channels[0],
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
+        temb = self.time_embedding(frequencies.to(dtype), timestep_cond)
+        if config.addition_embed_type == "text_time":
+            added = added_cond_kwargs or {}
+            if "text_embeds" not in added or "time_ids" not in added:
+                raise ValueError(
+                    "This UNet is of the SDXL kind: added_cond_kwargs must hold text_embeds (N, D) and time_ids (N, 6); "
+                    f"got {sorted(added) or 'nothing'}."
+                )
+            sizes = timestep_embedding(
+                added["time_ids"].flatten(),
+                config.addition_time_embed_dim or 0,
+                flip_sin_to_cos=config.flip_sin_to_cos,
+                freq_shift=config.freq_shift,
+            ).reshape(added["text_embeds"].shape[0], -1)
+            temb = temb + self.add_embedding(torch.cat([added["text_embeds"], sizes], dim=-1).to(dtype))
+        return F.silu(temb)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        *,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        timestep_cond: Tensor | None = None,
+        residuals: Residuals | None = None,
+        frames: int = 1,
+    ) -> Tensor:
+        """One network evaluation.
+
+        Args:
+            sample: noisy latents (N, in_channels, h, w); for animation N is videos x frames, frames running fastest.
+            timestep: diffusion timestep(s) in [0, 1000), a number or (N,).
+            encoder_hidden_states: text (N, L, cross_attention_dim).
+            added_cond_kwargs: SDXL only: ``text_embeds`` (N, D) and ``time_ids`` (N, 6).
+            timestep_cond: guidance embedding (N, time_cond_proj_dim), LCM only.
+            residuals: what control networks and adapters add.
+            frames: frames a video; 1 for pictures.
+
+        Returns:
+            (N, out_channels, h, w) in the dtype of the parameters.
+        """
+        down, mid, intra = residuals or Residuals()
+        temb = self.embed(timestep, sample.shape[0], added_cond_kwargs, timestep_cond)
+        x = self.conv_in(sample)
+        skips = [x]
+        for i, block in enumerate(self.down_blocks):
+            x, kept = block(x, temb, encoder_hidden_states, frames, intra[i] if intra else None)
+            skips += kept
+        if down:
+            skips = [skip + more for skip, more in zip(skips, down, strict=True)]
+        if self.mid_block is not None:
+            x = self.mid_block(x, temb, encoder_hidden_states, frames)
+        if mid is not None:
+            x = x + mid
+        for i, block in enumerate(self.up_blocks):
+            # The next level's size is its skip connection's, so that odd sizes come back as they were.
+            below = len(skips) - len(block.resnets) - 1
+            size = tuple(skips[below].shape[-2:]) if i < len(self.up_blocks) - 1 else None
+            x = block(x, skips, temb, encoder_hidden_states, frames, size)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def _transformer(config: UNetConfig, level: int, depth: int) -> Transformer2DModel:
+    heads = config.per_level("num_attention_heads" if config.num_attention_heads else "attention_head_dim")[level]
+    return Transformer2DModel(
+        config.block_out_channels[level],
+        heads,
+        depth,
+        config.per_level("cross_attention_dim")[level],
+        config.norm_num_groups,
+        config.use_linear_projection,
+        config.upcast_attention,
+    )
+
+
+def _transformers(config: UNetConfig, block_type: str, level: int, depths: tuple[int, ...]) -> nn.ModuleList | None:
+    if not block_type.startswith("CrossAttn"):
+        return None
+    return nn.ModuleList(_transformer(config, level, depth) for depth in depths)
+
+
+def _depths(published: object, position: int, config: UNetConfig, layers: int) -> tuple[int, ...]:
+    """Transformer depths of one level's ``layers``, from a published value: one, one a level, or one a layer."""
+    value = published[position] if isinstance(published, tuple) else published
+    return value if isinstance(value, tuple) else (value,) * layers
+
+
+def _down_depths(config: UNetConfig) -> list[tuple[int, ...]]:
+    layers = config.per_level("layers_per_block")
+    return [_depths(config.transformer_layers_per_block, i, config, layers[i]) for i in range(len(layers))]
+
+
+def _up_depths(config: UNetConfig) -> list[tuple[int, ...]]:
+    """As `_down_depths`, by level; ``reverse_transformer_layers_per_block`` is published from the bottom up."""
+    layers = config.per_level("layers_per_block")
+    published = config.reverse_transformer_layers_per_block
+    if published is None:
+        return [_depths(config.transformer_layers_per_block, i, config, n + 1) for i, n in enumerate(layers)]
+    return [_depths(published[::-1], i, config, n + 1) for i, n in enumerate(layers)]
+
+
+def attention_modules(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Module]]:
+    """Every attention layer with its path, in the order of the forward pass of its blocks."""
+    for name, module in unet.named_modules():
+        if name.endswith((".attn1", ".attn2")):
+            yield name, module
