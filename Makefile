@@ -1,0 +1,46 @@
+# Every target builds what it needs in .venv. Torch is installed first and pinned, so that no other package chooses a build.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CHECKED := src tests examples benchmarks recipes
+
+.PHONY: demo test check bench docs
+
+demo: $(VENV)/.run  ## paint "a red fox" with and without the LCM-LoRA; the last line is the picture's path
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test  ## the whole test suite with coverage
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term $(ARGS)
+
+docs: $(VENV)/.test  ## only the tests that hold the documentation to the truth
+	$(BIN)/python -m pytest tests/docs $(ARGS)
+
+check: $(VENV)/.dev  ## style, types and the direction of imports
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.test  ## side-by-side timings against the peers; a row each in benchmarks/results/
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/first_picture.py
+
+# Stamp files, one for each set of packages.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+# Dependency groups (PEP 735) need pip 25.1.
+$(VENV)/.test: $(VENV)/.run
+	$(PIP) "pip>=25.1"
+	$(PIP) --group test
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) --group dev
+	touch $@
