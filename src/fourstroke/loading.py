@@ -52,6 +52,22 @@ def refuse_pickle(path: str | os.PathLike[str]) -> None:
         )
 
 
+def open_tensors(path: Path) -> Any:
+    """Open a .safetensors file, memory-mapped, on the CPU.
+
+    Raises:
+        ValueError: the file is a pickle (see `refuse_pickle`).
+        WeightError: it cannot be read.
+    """
+    refuse_pickle(path)
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise WeightError(
+            f"{path} is not a readable .safetensors file ({error}); download or convert it again."
+        ) from None
+
+
 class WeightSource:
     """Where a network's tensors lie on disk, so that the pristine weights can be read again at any time.
 
@@ -59,10 +75,16 @@ class WeightSource:
 
     Args:
         places: our state-dict name -> (file, the tensor's name in that file).
+        transforms: our state-dict name -> what makes our tensor of the file's, where the layouts differ.
     """
 
-    def __init__(self, places: Mapping[str, tuple[Path, str]]):
+    def __init__(
+        self,
+        places: Mapping[str, tuple[Path, str]],
+        transforms: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ):
         self.places = dict(places)
+        self.transforms = dict(transforms or {})
         self._files: dict[Path, Any] = {}
 
     @classmethod
@@ -85,23 +107,26 @@ class WeightSource:
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
-            refuse_pickle(path)
-            try:
-                self._files[path] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise WeightError(
-                    f"{path} is not a readable .safetensors file ({error}); download or convert it again."
-                ) from None
+            self._files[path] = open_tensors(path)
         return self._files[path]
 
+    def close(self) -> None:
+        """Forget the open files; tensors that were read stay valid, and later reads map the files anew.
+
+        All reads through one mapping share its memory, so whoever changes a tensor in place calls this first, or else
+        would read the change back as the pristine weight.
+        """
+        self._files.clear()
+
     def read(self, name: str) -> Tensor:
-        """The tensor ``name`` (a state-dict name of ours) in the file's own dtype, on the CPU.
+        """The tensor ``name`` (a state-dict name of ours) in our layout and the file's own dtype, on the CPU.
 
         Raises:
             KeyError: the files hold no such tensor.
         """
         path, key = self.places[name]
-        return self._open(path).get_tensor(key)
+        tensor = self._open(path).get_tensor(key)
+        return self.transforms[name](tensor) if name in self.transforms else tensor
 
 
 class Model(nn.Module):
@@ -268,7 +293,11 @@ def build(
     state = {name: source.read(name).to(dtype or torch.float32) for name in source.places if name in expected}
     problems = {
         "missing": [name for name in expected if name not in source.places],
-        "unexpected": [name for name in source.places if name not in expected],
+        "unexpected": [
+            name if key == name else f"{name} ({key} in the file)"
+            for name, (_, key) in source.places.items()
+            if name not in expected
+        ],
         "of the wrong shape": [
             f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name])}"
             for name, tensor in state.items()
@@ -279,6 +308,8 @@ def build(
         found = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names)
         raise WeightError(f"{where or cls.__name__}: the weights do not fit {cls.__name__}. {found}.")
     model.load_state_dict(state, assign=True, strict=True)
+    # The parameters own this mapping from here on and may be changed in place; the source reads through a new one.
+    source.close()
     model.source = source
     return model.eval()
 
