@@ -1,1 +1,26 @@
-"""LoRA and its relatives: read, merge exactly, undo exactly, train, write."""
+"""LoRA and its relatives: read, inspect, merge exactly, undo exactly, train, write."""
+
+from __future__ import annotations
+
+from .info import LoraInfo, inspect_lora
+from .merge import AdapterSet, merge_weight
+from .pairs import AdapterWeights, Diff, Dora, LoHa, LoKr, LoraError, LoraPair
+from .reading import read_lora
+from .weights import Lora, save_lora
+
+__all__ = [
+    "AdapterSet",
+    "AdapterWeights",
+    "Diff",
+    "Dora",
+    "LoHa",
+    "LoKr",
+    "Lora",
+    "LoraError",
+    "LoraInfo",
+    "LoraPair",
+    "inspect_lora",
+    "merge_weight",
+    "read_lora",
+    "save_lora",
+]

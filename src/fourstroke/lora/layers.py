@@ -24,8 +24,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fourstroke.lora.merge import merge_weight
-from fourstroke.lora.weights import LoraError, LoraPair
+from .merge import merge_weight
+from .pairs import LoraError, LoraPair
 
 LCM_LORA_TARGETS: tuple[str, ...] = (
     "to_q",
