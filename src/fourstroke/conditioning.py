@@ -43,9 +43,7 @@ class Components:
         return guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
 
 
-def encode_text(
-    parts: Components, request: GenerateRequest, guided: bool
-) -> tuple[TextEncoding, TextEncoding | None]:
+def encode_text(parts: Components, request: GenerateRequest, guided: bool) -> tuple[TextEncoding, TextEncoding | None]:
     """The prompts' and, when ``guided``, the negative prompts' encodings, one row a picture.
 
     Raises:
@@ -70,8 +68,8 @@ def _given(parts: Components, embeds: Tensor | None, pooled: Tensor | None, pref
         return None
     if parts.xl and pooled is None:
         raise ValueError(
-            f"{prefix}prompt_embeds needs {prefix}pooled_prompt_embeds beside it: SDXL reads both. encode_prompt() gives "
-            "the two."
+            f"{prefix}prompt_embeds needs {prefix}pooled_prompt_embeds beside it, for SDXL reads both; "
+            "encode_prompt() gives the two."
         )
     device, dtype = parts.unet.device, parts.text_encoders[-1].dtype if parts.text_encoders else parts.unet.dtype
     # Models without pooled conditioning never read it; an empty one keeps the type simple.

@@ -70,7 +70,9 @@ def picture_size(parts: Components, request: GenerateRequest) -> tuple[int, int]
     for name, value in zip(("height", "width"), size, strict=True):
         if value <= 0 or value % factor:
             down, up = value // factor * factor, (value // factor + 1) * factor
-            raise ValueError(f"{name} is {value}; it must be a multiple of {factor}, such as {max(down, factor)} or {up}.")
+            raise ValueError(
+                f"{name} is {value}; it must be a multiple of {factor}, such as {max(down, factor)} or {up}."
+            )
     return size
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 ZOO = Path(__file__).parent / "zoo"
 ALIASES = {"emoji": "emoji/base"}
+# The keywords that say how a repository is fetched; see `fetch`.
+OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 def shipped() -> list[str]:
@@ -96,8 +98,8 @@ def _download(
         return Path(snapshot_download(name, allow_patterns=wanted, token=token, force_download=force, **options))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
-            f"The hub has no repository {name!r} at revision {options['revision'] or 'main'!r} that you may read. Check "
-            "the spelling, or pass token= when it is gated or private."
+            f"The hub has no repository {name!r} at revision {options['revision'] or 'main'!r} that you may read. "
+            "Check the spelling, or pass token= when it is gated or private."
         ) from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: {error}") from None

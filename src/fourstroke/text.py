@@ -56,9 +56,7 @@ class Tokenizer:
         self._backend = _backend(self.vocab, self.merges, pad_token)
 
     @classmethod
-    def from_pretrained(
-        cls, name: str | os.PathLike[str], *, subfolder: str | None = None, **where: Any
-    ) -> Tokenizer:
+    def from_pretrained(cls, name: str | os.PathLike[str], *, subfolder: str | None = None, **where: Any) -> Tokenizer:
         """Read a published tokenizer (``vocab.json`` with ``merges.txt``, or ``tokenizer.json``).
 
         Args:

@@ -8,7 +8,8 @@ from typing import Any
 
 from .. import hub
 from ..loading import read_json
-from .pipeline import INDEX_NAME, DiffusionPipeline
+from .components import INDEX_NAME
+from .pipeline import DiffusionPipeline
 from .stable_diffusion import LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 # Prefix of a published pipeline class -> its text-to-image form. The first that fits wins, so longer ones come first.
@@ -34,15 +35,14 @@ class AutoPipelineForText2Image:
         Raises:
             ValueError: the repository's kind of model is not supported.
         """
-        names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-        where = {name: options[name] for name in names if name in options}
+        where = {name: options[name] for name in hub.OPTIONS if name in options}
         folder = hub.fetch(pretrained_model_name_or_path, lambda files: hub.required(files, INDEX_NAME), **where)
         target = _pick(read_json(folder / INDEX_NAME).get("_class_name", ""))
         return target.from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
-        """A text-to-image pipeline over the components of ``pipeline``, shared, not copied; ``components`` replace some.
+        """A text-to-image pipeline that shares the components of ``pipeline``; ``components`` replace some.
 
         Raises:
             ValueError: the pipeline's kind of model is not supported.

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -18,37 +18,30 @@ from .. import hub
 from ..conditioning import Components
 from ..denoise import DenoiseState, decode, denoise, prepare
 from ..images import postprocess
-from ..loading import (
-    CONFIG_NAME,
-    Model,
-    load_model,
-    read_json,
-    refuse_pickle,
-    select_weights,
-    warn_unknown,
-    write_json,
-)
+from ..loading import Model, read_json, warn_unknown, write_json
 from ..lora.merge import AdapterSet
 from ..lora.reading import read_lora
 from ..lora.weights import save_lora
-from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
-from ..models.clip_vision import CLIPImageProcessor
+from ..models.clip import CLIPTextModel
 from ..models.safety import StableDiffusionSafetyChecker
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from ..models.vae_tiny import AutoencoderTiny
 from ..request import GenerateRequest, GenerateResult
 from ..schedulers import load_scheduler
-from ..text import FILES as TOKENIZER_FILES
-from ..text import Tokenizer
+from ..single_file import load_single_file
+from .components import (
+    INDEX_NAME,
+    LORA_NAME,
+    component_files,
+    library_of,
+    load_component,
+    lora_file,
+    published_class,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-INDEX_NAME = "model_index.json"
-SCHEDULER_NAME = "scheduler_config.json"
-PROCESSOR_NAME = "preprocessor_config.json"
-LORA_NAME = "pytorch_lora_weights.safetensors"
 
 # Published class name -> module of this package that has the pipeline.
 PIPELINES: Mapping[str, str] = {
@@ -56,19 +49,6 @@ PIPELINES: Mapping[str, str] = {
     "StableDiffusionXLPipeline": "stable_diffusion",
     "LatentConsistencyModelPipeline": "stable_diffusion",
 }
-NETWORKS: Mapping[str, type[Model]] = {
-    cls.__name__: cls
-    for cls in (
-        UNet2DConditionModel,
-        AutoencoderKL,
-        AutoencoderTiny,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        StableDiffusionSafetyChecker,
-    )
-}
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
 LORA_TARGETS = ("unet", "text_encoder", "text_encoder_2")
 # Keywords that people pass out of habit and that choose what is done here anyway.
 HARMLESS = ("use_safetensors", "low_cpu_mem_usage", "safety_checker_kwargs", "add_watermarker")
@@ -120,12 +100,7 @@ class DiffusionPipeline:
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         variant: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        **components: Any,
+        **options: Any,
     ) -> Self:
         """Load a pipeline.
 
@@ -133,30 +108,19 @@ class DiffusionPipeline:
             pretrained_model_name_or_path: hub id, shipped name (``emoji/base``) or folder with a ``model_index.json``.
             torch_dtype, dtype: of the networks, two names of one thing (default ``torch.float32``).
             variant: read ``….{variant}.safetensors`` where there is one.
-            revision, token, cache_dir, local_files_only, force_download: as in huggingface_hub.
-            components: a component by its name, to use in place of the repository's (``vae=…``,
-                ``safety_checker=None``). Any other keyword warns and is ignored.
+            options: a component by its name, to use in place of the repository's (``vae=…``, ``safety_checker=None``);
+                ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download`` as in huggingface_hub.
+                Any other keyword warns and is ignored.
 
         Raises:
             FileNotFoundError: no such repository, or a file is missing in it.
             UnsupportedConfig, WeightError: a component is not what its configuration says, or is not supported.
         """
         source = pretrained_model_name_or_path
-        where = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-        }
+        where = {name: options.pop(name) for name in hub.OPTIONS if name in options}
         index = read_json(hub.fetch(source, lambda files: hub.required(files, INDEX_NAME), **where) / INDEX_NAME)
         target = pipeline_class(index.get("_class_name")) if cls is DiffusionPipeline else cls
-        known = inspect.signature(target.__init__).parameters.keys() - {"self"}
-        warn_unknown(
-            f"{cls.__name__}.from_pretrained",
-            {name: value for name, value in components.items() if name not in known and name not in HARMLESS},
-        )
-        given = {name: value for name, value in components.items() if name in known}
+        given, known = _given(f"{cls.__name__}.from_pretrained", target, options)
         wanted = {
             name: entry[1]
             for name, entry in index.items()
@@ -164,16 +128,60 @@ class DiffusionPipeline:
         }
         folder = hub.fetch(
             source,
-            lambda files: [file for name, kind in wanted.items() for file in component_files(files, name, kind, variant)],
+            lambda files: [
+                file for name, kind in wanted.items() for file in component_files(files, name, kind, variant)
+            ],
             **where,
         )
         given |= {name: value for name, value in index.items() if name in known - given.keys() and _is_setting(value)}
-        with _bar(len(wanted), "Loading pipeline components", {}) as bar:
-            for name, kind in wanted.items():
-                given[name] = load_component(folder / name, kind, variant, dtype or torch_dtype)
-                bar.update()
-        missing = {name: None for name in target.component_names if name not in given}
-        return target(**missing, **given)  # pyright: ignore[reportReturnType]
+        for name in _counted(list(wanted)):
+            given[name] = load_component(folder / name, wanted[name], variant, dtype or torch_dtype)
+        return target._complete(given)  # pyright: ignore[reportReturnType]
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        prediction_type: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a checkpoint in the original layout, one ``.safetensors`` file; a local one needs no network.
+
+        Args:
+            pretrained_model_link_or_path: the file, or its address on the hub.
+            config: the checkpoint's family, or a folder of configurations, when its tensors do not tell.
+            prediction_type: ``epsilon`` or ``v_prediction``, when the guess for SD 2.x is wrong.
+            torch_dtype, dtype: of the networks, two names of one thing (default ``torch.float32``).
+            options: as in `from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError, WeightError: see `fourstroke.single_file.load_single_file`.
+        """
+        where = {name: options.pop(name) for name in hub.OPTIONS if name in options}
+        parts = load_single_file(
+            pretrained_model_link_or_path,
+            config=config,
+            prediction_type=prediction_type,
+            dtype=dtype or torch_dtype,
+            skip=tuple(options),
+            progress=_counted,
+            **where,
+        )
+        kind = "StableDiffusionXLPipeline" if "text_encoder_2" in parts else "StableDiffusionPipeline"
+        target = pipeline_class(kind) if cls is DiffusionPipeline else cls
+        given, known = _given(f"{cls.__name__}.from_single_file", target, options)
+        given = {name: value for name, value in parts.items() if name in known} | given
+        if isinstance(given.get("scheduler"), Mapping):
+            given["scheduler"] = load_scheduler(given["scheduler"]["_class_name"], given["scheduler"])
+        return target._complete(given)  # pyright: ignore[reportReturnType]
+
+    @classmethod
+    def _complete(cls, given: Mapping[str, Any]) -> Self:
+        return cls(**dict.fromkeys(cls.component_names) | dict(given))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, variant: str | None = None) -> None:
         """Write all components and ``model_index.json``; diffusers and `from_pretrained` read the folder.
@@ -186,7 +194,7 @@ class DiffusionPipeline:
             if isinstance(component, nn.Module):
                 # Not the wrapper that torch.compile puts around a module.
                 component = getattr(component, "_orig_mod", component)
-            index[name] = [_library(component), _published_class(component)]
+            index[name] = [library_of(component), published_class(component)]
             if isinstance(component, CLIPTextModel | StableDiffusionSafetyChecker):
                 component.save_pretrained(folder / name, variant=variant, stem="model")
             elif isinstance(component, Model):
@@ -296,9 +304,11 @@ class DiffusionPipeline:
         self.adapters.add(name, lora, hotswap=hotswap)
 
     def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Mapping[str, Any] | Sequence[Any] | None = None
+        self,
+        adapter_names: str | Sequence[str],
+        adapter_weights: float | Mapping[str, Any] | Sequence[Any] | None = None,
     ) -> None:
-        """Activate these LoRAs, and only these, at these weights (1.0 if not given; a mapping gives weights a block)."""
+        """Activate these LoRAs and no others at these weights: 1.0 if not given, a number, or a mapping by block."""
         self.adapters.set(adapter_names, adapter_weights)
 
     def get_active_adapters(self) -> list[str]:
@@ -355,7 +365,9 @@ class DiffusionPipeline:
             (getattr(self, f"tokenizer{suffix}", None), getattr(self, f"text_encoder{suffix}", None))
             for suffix in ("", "_2")
         ]
-        present = [(tokenizer, encoder) for tokenizer, encoder in pairs if tokenizer is not None and encoder is not None]
+        present = [
+            (tokenizer, encoder) for tokenizer, encoder in pairs if tokenizer is not None and encoder is not None
+        ]
         return Components(
             unet=self.unet,
             vae=self.vae,
@@ -384,7 +396,7 @@ class DiffusionPipeline:
         parts = self._parts()
         state = prepare(parts, request)
         self._interrupt = False
-        with _bar(len(state.timesteps), None, self._progress_options) as bar:
+        with _bar(len(state.timesteps), self._progress_options) as bar:
             for _ in denoise(parts, state):
                 if on_step is not None:
                     on_step(state)
@@ -444,9 +456,7 @@ class DiffusionPipeline:
                 if name in CALLBACK_INPUTS:
                     setattr(state, name, value)
 
-        result = self.generate(
-            request, on_step=None if callback is None else on_step, decode_denoised=decode_denoised
-        )
+        result = self.generate(request, on_step=None if callback is None else on_step, decode_denoised=decode_denoised)
         output = PipelineOutput(result.images, result.nsfw_content_detected)
         return output if return_dict else tuple(output)
 
@@ -464,93 +474,31 @@ def pipeline_class(name: str | None) -> type[DiffusionPipeline]:
     return getattr(importlib.import_module(f"{__package__}.{PIPELINES[name]}"), name)
 
 
-def component_files(files: list[str], name: str, kind: str, variant: str | None) -> list[str]:
-    """The files of the component ``name`` of class ``kind``, out of all ``files`` of a repository.
-
-    Raises:
-        FileNotFoundError: one is missing.
-        ValueError: the class is not supported; pass the component yourself, or None.
-    """
-    prefix = f"{name}/"
-    if kind in TOKENIZERS:
-        return [prefix + file for file in TOKENIZER_FILES if prefix + file in files]
-    if kind in PROCESSORS:
-        return hub.required(files, prefix + PROCESSOR_NAME)
-    if name == "scheduler":
-        return hub.required(files, prefix + SCHEDULER_NAME)
-    if kind in NETWORKS:
-        return [*hub.required(files, prefix + CONFIG_NAME), *select_weights(files, prefix, variant)]
-    raise ValueError(f"Component {name!r} is a {kind}, which is not supported; pass {name}=… or {name}=None.")
-
-
-def load_component(folder: Path, kind: str, variant: str | None, dtype: torch.dtype | None) -> Any:
-    """Load the component of class ``kind`` from a local folder."""
-    if kind in TOKENIZERS:
-        return Tokenizer.from_folder(folder)
-    if kind in PROCESSORS:
-        return CLIPImageProcessor.from_pretrained(folder)
-    if kind in NETWORKS:
-        return load_model(NETWORKS[kind], folder, variant=variant, dtype=dtype)
-    return load_scheduler(kind, read_json(folder / SCHEDULER_NAME))
-
-
-def lora_file(
-    name: str | os.PathLike[str], weight_name: str | None, subfolder: str | None, where: Mapping[str, Any]
-) -> Path:
-    """The ``.safetensors`` file of a LoRA: the path itself, the one named, or the only one of the repository.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: there are several, or only a pickle.
-    """
-    refuse_pickle(name)
-    if Path(name).is_file():
-        return Path(name)
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-
-    def select(files: list[str]) -> list[str]:
-        if weight_name is not None:
-            refuse_pickle(weight_name)
-            return hub.required(files, prefix + weight_name)
-        found = [file for file in files if file.startswith(prefix) and file.endswith(".safetensors")]
-        if prefix + LORA_NAME in found:
-            return [prefix + LORA_NAME]
-        if len(found) > 1:
-            raise ValueError(f"{name} holds several LoRAs; pass weight_name=, one of {', '.join(sorted(found))}.")
-        return found or hub.required(files, prefix + LORA_NAME)
-
-    folder = hub.fetch(name, select, **where)
-    return folder / select(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))[0]
+def _given(where: str, target: type[DiffusionPipeline], options: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """The components among ``options``, and the names that ``target`` takes; what is neither warns."""
+    known = set(inspect.signature(target.__init__).parameters) - {"self"}
+    warn_unknown(where, {name: value for name, value in options.items() if name not in known and name not in HARMLESS})
+    return {name: value for name, value in options.items() if name in known}, known
 
 
 def _is_setting(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
 
 
-def _library(component: Any) -> str | None:
-    if component is None:
-        return None
-    if isinstance(component, StableDiffusionSafetyChecker):
-        return "stable_diffusion"
-    return "transformers" if isinstance(component, CLIPTextModel | Tokenizer | CLIPImageProcessor) else "diffusers"
-
-
-def _published_class(component: Any) -> str | None:
-    if component is None:
-        return None
-    if isinstance(component, Tokenizer):
-        return "CLIPTokenizer"
-    # A scheduler that is only kept, not run, goes by the name in its configuration.
-    return getattr(component, "config", {}).get("_class_name") or type(component).__name__
-
-
 def _check_device(device: torch.device) -> None:
     available = {"cpu": True, "meta": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.type, True):
-        raise RuntimeError(f"There is no {device.type!r} device here; use .to(\"cpu\").")
+        raise RuntimeError(f'There is no {device.type!r} device here; use .to("cpu").')
 
 
-def _bar(total: int, description: str | None, options: Mapping[str, Any]) -> Any:
+def _counted(names: list[str]) -> Iterable[str]:
+    """``names``, with a progress bar over them."""
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=description, **options)
+    return tqdm(names, desc="Loading pipeline components")
+
+
+def _bar(total: int, options: Mapping[str, Any]) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, **options)

@@ -1,7 +1,7 @@
 """Text to image with the names, signatures and defaults of diffusers: Stable Diffusion, SDXL, full LCM.
 
 Each ``__call__`` only fills a `GenerateRequest`. Arguments that are not described here are described there; all
-pictures sizes are pixels. Every ``__call__`` raises ValueError or TypeError for arguments that break a rule, before
+sizes are in pixels. Every ``__call__`` raises ValueError or TypeError for arguments that break a rule, before
 any network runs, and NotImplementedError for IP-Adapter arguments.
 """
 
@@ -59,6 +59,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     @property
     def settings(self) -> dict[str, Any]:
+        """The entries of ``model_index.json`` that are no components."""
         return {"requires_safety_checker": self.requires_safety_checker}
 
     @torch.no_grad()
@@ -206,6 +207,7 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
 
     @property
     def settings(self) -> dict[str, Any]:
+        """The entries of ``model_index.json`` that are no components."""
         return {"force_zeros_for_empty_prompt": self.force_zeros_for_empty_prompt}
 
     @torch.no_grad()
@@ -396,4 +398,6 @@ class LatentConsistencyModelPipeline(StableDiffusionPipeline):
 def refuse_ip_adapter(image: Any, embeds: Any) -> None:
     """Raise NotImplementedError when an IP-Adapter's picture is given: those are not run yet."""
     if image is not None or embeds is not None:
-        raise NotImplementedError("IP-Adapter is not supported: leave ip_adapter_image and ip_adapter_image_embeds out.")
+        raise NotImplementedError(
+            "IP-Adapter is not supported: leave ip_adapter_image and ip_adapter_image_embeds out."
+        )
