@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 
@@ -42,6 +42,8 @@ def _frozen(value: Any) -> Any:
 
 
 def _thawed(value: Any) -> Any:
+    if isinstance(value, Config):
+        return {f.name: _thawed(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return [_thawed(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -53,7 +55,7 @@ def config_from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
     Raises:
         UnsupportedConfig: a field is unknown, or is not implemented and differs from its neutral value.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {f.name for f in dataclasses.fields(cls)}
     values = {}
     for name, value in data.items():
         value = _frozen(value)
@@ -76,8 +78,7 @@ def config_from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The mapping to write as ``config.json``; `config_from_dict` reads it back to an equal configuration."""
-    fields = {f.name: _thawed(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    return {"_class_name": config.class_name, **fields}
+    return {"_class_name": config.class_name, **_thawed(config)}
 
 
 # Marks a field that never changes what the network computes (training and bookkeeping fields of other libraries).
@@ -85,7 +86,7 @@ _ANY: tuple[Any, ...] = ()
 
 # Fields that transformers writes into every config.json, whatever the model.
 _TRANSFORMERS_FIELDS: Mapping[str, tuple[Any, ...]] = dict.fromkeys(
-    (
+    (  # noqa: SIM905 - a column of sixty quoted words is no easier to read
         "architectures model_type torch_dtype dtype transformers_version initializer_range initializer_factor dropout "
         "attention_dropout gradient_checkpointing return_dict output_hidden_states output_attentions torchscript "
         "use_bfloat16 tf_legacy_loss pruned_heads tie_word_embeddings is_encoder_decoder is_decoder "
@@ -93,9 +94,9 @@ _TRANSFORMERS_FIELDS: Mapping[str, tuple[Any, ...]] = dict.fromkeys(
         "early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
         "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
         "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
-        "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
-        "finetuning_task id2label label2id tokenizer_class prefix sep_token_id decoder_start_token_id "
-        "task_specific_params problem_type chunk_size_feed_forward name_or_path attn_implementation"
+        "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens finetuning_task "
+        "id2label label2id tokenizer_class prefix sep_token_id decoder_start_token_id task_specific_params "
+        "problem_type chunk_size_feed_forward name_or_path attn_implementation"
     ).split(),
     _ANY,
 )
@@ -278,3 +279,63 @@ class CLIPTextConfig(Config):
     def __post_init__(self) -> None:
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise UnsupportedConfig(f"CLIPTextModel: hidden_act {self.hidden_act!r} is not 'quick_gelu' or 'gelu'.")
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(Config):
+    """Configuration of `CLIPVisionModel` and `CLIPVisionModelWithProjection`; pictures and patches are square."""
+
+    class_name: ClassVar[str] = "CLIPVisionModel"
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **_TRANSFORMERS_FIELDS,
+        "pad_token_id": _ANY,
+        "bos_token_id": _ANY,
+        "eos_token_id": _ANY,
+    }
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ("quick_gelu", "gelu"):
+            raise UnsupportedConfig(f"CLIPVisionModel: hidden_act {self.hidden_act!r} is not 'quick_gelu' or 'gelu'.")
+        for name in ("image_size", "patch_size"):
+            if not isinstance(getattr(self, name), int):
+                raise UnsupportedConfig(
+                    f"CLIPVisionModel: {name} is {getattr(self, name)!r}; it must be one integer, the side of a square."
+                )
+
+
+@dataclass(frozen=True)
+class SafetyCheckerConfig(Config):
+    """Configuration of `StableDiffusionSafetyChecker`: CLIP's whole configuration, of which the text part is unused.
+
+    ``projection_dim`` here is the one that counts, not that inside ``vision_config``. ``vision_config_dict`` is an
+    older form of ``vision_config`` that wins where a file has both; it is kept as ``vision_config``.
+    """
+
+    class_name: ClassVar[str] = "StableDiffusionSafetyChecker"
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **_TRANSFORMERS_FIELDS,
+        "text_config": _ANY,
+        "text_config_dict": _ANY,
+        "logit_scale_init_value": _ANY,
+    }
+
+    vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    projection_dim: int = 512
+    vision_config_dict: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for given in (self.vision_config or {}, self.vision_config_dict):
+            if isinstance(given, Mapping):
+                object.__setattr__(self, "vision_config", config_from_dict(CLIPVisionConfig, given))
+        object.__setattr__(self, "vision_config_dict", None)

@@ -264,7 +264,9 @@ def select_weights(files: Iterable[str], prefix: str, variant: str | None) -> li
     pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     if pickles:
         refuse_pickle(prefix + pickles[0])
-    raise FileNotFoundError(f"No .safetensors weights in {prefix or './'}; it holds: {listed(sorted(names)) or 'nothing'}.")
+    raise FileNotFoundError(
+        f"No .safetensors weights in {prefix or './'}; it holds: {listed(sorted(names)) or 'nothing'}."
+    )
 
 
 def load_model(
