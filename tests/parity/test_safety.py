@@ -424,6 +424,19 @@ def test_prepares_several_pictures() -> None:
     torch.testing.assert_close(ours(pictures).pixel_values, expected, rtol=0, atol=1e-5)
 
 
+def test_diffusers_snippet_runs_with_either_class() -> None:
+    """diffusers' own way of preparing pictures for a checker; both classes and both checkers understand it."""
+    ours, oracle = checker_pair()
+    set_thresholds((ours, oracle), torch.full((17,), 2.0), torch.full((3,), 2.0))  # no cosine is larger than 1
+    pictures = [picture((40, 30)), picture((30, 40))]
+    mine = config_from_dict(CLIPImageProcessor, their_processor().to_dict())
+    for processor in (mine, their_processor()):
+        clip_input = processor(pictures, return_tensors="pt").to("cpu")
+        for checker in (ours, oracle):
+            images, flags = checker(images=np.ones((2, 4, 4, 3)), clip_input=clip_input.pixel_values.to(torch.float32))
+            assert flags == [False, False] and images.shape == (2, 4, 4, 3)
+
+
 def test_the_defaults_are_those_of_the_published_file() -> None:
     theirs = transformers.CLIPImageProcessorPil() if hasattr(transformers, "CLIPImageProcessorPil") else None
     theirs = theirs or transformers.CLIPImageProcessor()

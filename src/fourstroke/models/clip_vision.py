@@ -29,6 +29,10 @@ class CLIPImages(NamedTuple):
 
     pixel_values: Tensor
 
+    def to(self, *args: Any, **kwargs: Any) -> CLIPImages:
+        """The same on another device, in another dtype; arguments as of `torch.Tensor.to`."""
+        return CLIPImages(self.pixel_values.to(*args, **kwargs))
+
 
 @dataclass(frozen=True)
 class CLIPImageProcessor(Config):
