@@ -20,7 +20,7 @@ class Residuals(NamedTuple):
     Attributes:
         down: one tensor a skip connection, in the order in which the down path makes them (ControlNet).
         mid: added after the mid block (ControlNet).
-        intra: one tensor a down block, added before its downsampler (T2I-Adapter).
+        intra: one tensor a down block, added inside it (T2I-Adapter).
     """
 
     down: tuple[Tensor, ...] = ()
@@ -63,16 +63,22 @@ class DownBlock(Stage):
     def forward(
         self, x: Tensor, temb: Tensor, context: Tensor, frames: int, intra: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """(N, C_in, H, W) -> (N, C, H/2, W/2) and the skip connections; ``intra`` (N, C, H, W) is added to the last."""
+        """(N, C_in, H, W) -> (N, C, H/2, W/2) and the skip connections.
+
+        ``intra`` is added where T2I-Adapters were trained: before the downsampler of a block with attention (N, C, H, W),
+        after that of a block without (N, C, H/2, W/2); in both cases the skip connection has it too.
+        """
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, temb, context, frames)
-            if intra is not None and i == len(self.resnets) - 1:
+            if intra is not None and self.attentions is not None and i == len(self.resnets) - 1:
                 x = x + intra
             skips.append(x)
         if self.downsamplers is not None:
             x = self.downsamplers[0](x)
             skips.append(x)
+        if intra is not None and self.attentions is None:
+            x = skips[-1] = x + intra
         return x, skips
 
 

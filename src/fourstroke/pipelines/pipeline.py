@@ -422,8 +422,9 @@ class DiffusionPipeline:
             raise ValueError(
                 "A safety_checker needs a feature_extractor; load both, or pass safety_checker=None for none."
             )
-        inputs = extractor(postprocess(pictures, "pil")).to(pictures.device, checker.dtype)
-        _, flags = checker(inputs, postprocess(pictures, "np"))
+        inputs = extractor(postprocess(pictures, "pil"), return_tensors="pt").pixel_values
+        # Keywords, so that a user's own function with diffusers' arguments works as well.
+        _, flags = checker(images=postprocess(pictures, "np"), clip_input=inputs.to(pictures.device, pictures.dtype))
         keep = torch.tensor([not flag for flag in flags], device=pictures.device)
         return torch.where(keep[:, None, None, None], pictures, -torch.ones_like(pictures)), flags
 
