@@ -117,13 +117,7 @@ def adapter_shapes(kind: str, batch: int, side: int) -> list[tuple[int, ...]]:
     return shapes
 
 
-AFTER_THE_DOWNSAMPLER = pytest.mark.xfail(reason="levels without attention take the residual before the downsampler")
-
-
-@pytest.mark.parametrize(
-    "kind",
-    ["sd15", pytest.param("xl", marks=AFTER_THE_DOWNSAMPLER), pytest.param("ssd1b", marks=AFTER_THE_DOWNSAMPLER)],
-)
+@pytest.mark.parametrize("kind", ["sd15", "xl", "ssd1b"])
 def test_residuals_of_a_t2i_adapter(kind: str) -> None:
     ours, oracle = unet_pair(kind)
     inputs = unet_inputs(UNETS[kind])
