@@ -288,7 +288,7 @@ class Dora:
         magnitude = like(self.magnitude, base)
         magnitude = magnitude.reshape(*magnitude.shape[:2], *[1] * (base.ndim - min(2, magnitude.ndim)))
         axes = [axis for axis in range(base.ndim) if magnitude.shape[axis] == 1]
-        norm = moved.norm(dim=axes, keepdim=True).clamp_min(1e-12)  # a row of zeros stays zero
+        norm = torch.linalg.vector_norm(moved, dim=axes, keepdim=True).clamp_min(1e-12)  # a row of zeros stays zero
         return moved * (magnitude / norm) - base
 
     def tensors(self) -> dict[str, Tensor]:

@@ -151,6 +151,8 @@ def _peft(component: str, module: str, kind: str, weights: AdapterWeights) -> di
         magnitude = {f"{prefix}.lora_magnitude_vector": weights.magnitude.flatten()}
         weights = weights.change
     pair = _plain(module, kind, weights, "peft")
+    if pair.down.ndim > 2:
+        magnitude = {key: m.reshape(1, -1, *[1] * (pair.down.ndim - 2)) for key, m in magnitude.items()}
     return {f"{prefix}.lora_A.weight": pair.down, f"{prefix}.lora_B.weight": pair.up, **magnitude}
 
 
@@ -171,7 +173,9 @@ def _peft_settings(lora: Lora) -> dict[str, Any]:
     """Settings that peft needs to rebuild the adapter: one rank and alpha a component, and patterns of exceptions."""
     settings: dict[str, Any] = {}
     for component, weights in lora.components.items():
-        modules = {name.removesuffix(".weight"): value for name, value in weights.items()}
+        # Without ``text_model.`` the names fit CLIP with and without it: peft compares endings.
+        modules = {name.removeprefix("text_model.").removesuffix(".weight"): v for name, v in weights.items()}
+        start = "^" if component == "unet" else ""
         ranks = {module: value.rank for module, value in modules.items() if value.rank is not None}
         given = {module: _alpha(modules[module]) for module in ranks}
         alphas = {module: ranks[module] if alpha is None else alpha for module, alpha in given.items()}
@@ -179,8 +183,8 @@ def _peft_settings(lora: Lora) -> dict[str, Any]:
         entries = {
             "r": rank,
             "lora_alpha": alpha,
-            "rank_pattern": {f"^{module}": value for module, value in ranks.items() if value != rank},
-            "alpha_pattern": {f"^{module}": value for module, value in alphas.items() if value != alpha},
+            "rank_pattern": {start + module: value for module, value in ranks.items() if value != rank},
+            "alpha_pattern": {start + module: value for module, value in alphas.items() if value != alpha},
             "target_modules": sorted(modules),
             "use_dora": any(isinstance(value, Dora) for value in modules.values()),
         }
