@@ -37,7 +37,8 @@ def randn_tensor(
         raise ValueError(
             f"A generator on {source} cannot draw for a tensor on {device}; make it with torch.Generator('cpu')."
         )
-    return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+    noise = torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype)
+    return noise.to(device, non_blocking=device.type == "cuda")  # queued behind the GPU's work, not waiting for it
 
 
 def generators_for_seeds(seed: int, count: int) -> list[torch.Generator]:

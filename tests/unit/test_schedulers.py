@@ -283,8 +283,9 @@ def test_a_loop_reads_no_tensor_back(kind: Any) -> None:
     assert sample.shape == clean.shape and sample.device.type == "meta"
 
 
-def test_the_lcm_table_follows_the_samples_device() -> None:
-    scheduler = LCMScheduler()
+@pytest.mark.parametrize("kind", [LCMScheduler, DDIMScheduler])
+def test_the_coefficients_follow_the_samples_device(kind: Any) -> None:
+    scheduler = kind()
     scheduler.set_timesteps(2)  # no device given
     scheduler.set_begin_index(0)
     sample = torch.empty(1, 4, 2, 2, device="meta")
@@ -369,6 +370,11 @@ def test_schedulers_are_copied_and_pickled_with_their_place(kind: Any) -> None:
     for other in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
         assert other.config == scheduler.config and other.config is not scheduler.config
         assert torch.equal(other.timesteps, scheduler.timesteps) and other.begin_index == 1
+
+
+def test_flow_matching_shift_is_refused() -> None:
+    with pytest.raises(UnsupportedConfig, match="mu, a shift for flow-matching"):
+        DPMSolverMultistepScheduler().set_timesteps(4, mu=1.0)
 
 
 def test_misspelt_options() -> None:
