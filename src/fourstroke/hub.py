@@ -20,10 +20,11 @@ def shipped() -> list[str]:
 def local_folder(name: str | os.PathLike[str]) -> Path | None:
     """The folder that ``name`` stands for without any network: an existing folder or a shipped model."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    # An empty path would be the working folder, which nobody means.
+    if str(name) and path.is_dir():
         return path
-    inside = ZOO / ALIASES.get(str(name), str(name))
-    return inside if str(name) and ZOO in inside.parents and inside.is_dir() else None
+    full_name = ALIASES.get(str(name), str(name))
+    return ZOO / full_name if full_name in shipped() else None
 
 
 def required(files: Iterable[str], *names: str) -> list[str]:
@@ -86,9 +87,8 @@ def _download(
     name: str, select: Callable[[list[str]], list[str]], token: str | bool | None, force: bool, **options
 ) -> Path | None:
     """The snapshot folder after downloading what is missing, or None when the hub cannot be reached."""
-    import httpx
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         return None
@@ -103,18 +103,26 @@ def _download(
         ) from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: {error}") from None
-    except (httpx.TransportError, OfflineModeIsEnabled, ConnectionError):
-        return None
+    except Exception as error:
+        # huggingface_hub has changed its HTTP library more than once; only the names of these classes have stayed.
+        if {"TransportError", "ConnectionError", "Timeout"} & {base.__name__ for base in type(error).__mro__}:
+            return None
+        raise
 
 
 def _cached(name: str, *, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """The snapshot of ``revision`` in huggingface_hub's cache, complete or not: `fetch` checks for what it needs.
 
-    try:
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
-    except LocalEntryNotFoundError:
-        raise FileNotFoundError(
-            f"{name!r} is not in the cache and the hub cannot be reached. Go online once to download it, or give a "
-            f"folder. Shipped models need no network: {', '.join(shipped())}."
-        ) from None
+    Its own lookup refuses a snapshot of which only some files were downloaded, and that is the usual kind.
+    """
+    from huggingface_hub import constants
+
+    repository = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    reference = repository / "refs" / (revision or "main")
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    if commit and (repository / "snapshots" / commit).is_dir():
+        return repository / "snapshots" / commit
+    raise FileNotFoundError(
+        f"{name!r} is not in the cache and the hub cannot be reached. Go online once to download it, or give a "
+        f"folder. Shipped models need no network: {', '.join(shipped())}."
+    )
