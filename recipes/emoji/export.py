@@ -83,7 +83,7 @@ def export_base(folder: Path) -> None:
     write_model(vae, vae_folder, stem, scaling_factor=factor, force_upcast=False, _diffusers_version=VERSION)
     write_model(unet, folder / "unet", stem, _diffusers_version=VERSION)
     write_model(encoder, folder / "text_encoder", "model", model_type="clip_text_model",
-                architectures=["CLIPTextModel"], torch_dtype="float16", dropout=0.0, attention_dropout=0.0)  # fmt: skip
+                architectures=["CLIPTextModel"], torch_dtype="float32", dropout=0.0, attention_dropout=0.0)  # fmt: skip
     tokenizer_of_ours(load()[1])
     shutil.copytree(CACHE / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     scheduler = {**SCHEDULE, "_class_name": "DDIMScheduler", "timestep_spacing": "leading", "trained_betas": None}

@@ -139,9 +139,7 @@ def main() -> None:
     initialise(unet)
     networks: dict[str, nn.Module] = {"unet": unet.train(), "text_encoder": encoder.train()}
     sheet = Sheet(unet, encoder, tokenizer, latents, "unet")
-    run = Run(
-        "unet", CACHE / "train", options.steps, options.minutes, seed=options.seed, after=sheet, after_every=1000
-    )
+    run = Run("unet", CACHE / "train", options.steps, options.minutes, seed=options.seed, after=sheet, after_every=1000)
     peaks = {"unet": (unet, options.rate), "text_encoder": (encoder, options.rate / 5)}
     averages = train(run, networks, optimisers(peaks), denoising_loss(unet, encoder, latents, captions, BATCH))
     with use(networks, averages):
