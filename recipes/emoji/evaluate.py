@@ -163,7 +163,7 @@ def report(rows: list[dict[str, Any]], count: int) -> str:
     lines = [
         "# Quality of the emoji family", "",
         f"`python recipes/emoji/evaluate.py`: {count} names (every {EVERY}th emoji), seeds {SEEDS}, CPU. Retrieval is "
-        "among all pictures, by a scorer that no generator was trained with; top-1 of the real pictures is its control, "
+        "among all pictures, by a scorer that no generator was trained with; top-1 of real pictures is its control, "
         "noise its floor. Frechet distance is in the scorer's features, sharpness relative to the real pictures.", "",
         "| | top-1 | top-5 | Frechet | sharpness |", "|---|---|---|---|---|",
     ]  # fmt: skip
