@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from parity import original_layout as original
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from fourstroke.single_file import (
     load_vae_file,
     resolve_file,
 )
+from tests.parity import original_layout as original
 
 Shapes = dict[str, tuple[int, ...]]
 NETWORKS = ("unet", "vae", "text_encoder")
