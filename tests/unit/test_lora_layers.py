@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
+
 import diffusers
 import peft
 import pytest
@@ -10,6 +13,7 @@ from torch import nn
 
 from fourstroke.lora import LoraError
 from fourstroke.lora.layers import LCM_LORA_TARGETS, effective_weights, init_pairs, trainable
+from fourstroke.models.unet import UNet2DConditionModel
 
 from .lora_toys import TINY_UNET, toy, unet
 
@@ -91,3 +95,16 @@ def test_pairs_of_another_model() -> None:
     pairs = init_pairs(unet(), rank=2)
     with pytest.raises(LoraError, match=r"Toy has no parameter .*to_q\.weight"):
         effective_weights(toy(), pairs)
+
+
+@pytest.mark.parametrize(
+    ("folder", "millions", "tensors"), [("sd15", 67.5, 834), ("ssd-1b", 105, 1269), ("sdxl", 197, 2364)]
+)
+def test_the_targets_are_those_of_the_published_loras(folder: str, millions: float, tensors: int) -> None:
+    """The paper's table of trainable parameters at rank 64 (arXiv 2311.05556), and the keys of the published files."""
+    config = json.loads((files("fourstroke") / "configs" / folder / "unet" / "config.json").read_text())
+    with torch.device("meta"):
+        model = UNet2DConditionModel.from_config(config)
+    pairs = init_pairs(model, rank=1)
+    assert 3 * len(pairs) == tensors
+    assert 64 * sum(tensor.numel() for tensor in trainable(pairs)) == pytest.approx(1e6 * millions, rel=5e-3)
