@@ -7,7 +7,7 @@ import importlib
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -145,6 +145,7 @@ class DiffusionPipeline:
         *,
         config: str | os.PathLike[str] | None = None,
         prediction_type: str | None = None,
+        ignore: Collection[str] = (),
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -155,6 +156,7 @@ class DiffusionPipeline:
             pretrained_model_link_or_path: the file, or its address on the hub.
             config: the checkpoint's family, or a folder of configurations, when its tensors do not tell.
             prediction_type: ``epsilon`` or ``v_prediction``, when the guess for SD 2.x is wrong.
+            ignore: patterns of tensor names that carry nothing and are left out.
             torch_dtype, dtype: of the networks, two names of one thing (default ``torch.float32``).
             options: as in `from_pretrained`.
 
@@ -166,6 +168,7 @@ class DiffusionPipeline:
             pretrained_model_link_or_path,
             config=config,
             prediction_type=prediction_type,
+            ignore=ignore,
             dtype=dtype or torch_dtype,
             skip=tuple(options),
             progress=_counted,
