@@ -87,7 +87,7 @@ def function_parameter(item: tuple[str, ast.FunctionDef, str]) -> Any:
     return pytest.param(*item, id=item[0], marks=[pytest.mark.xfail(reason=reason)] if reason else [])
 
 
-@pytest.mark.parametrize(("name", "function", "about"), map(function_parameter, FUNCTIONS))
+@pytest.mark.parametrize(("name", "function", "about"), [function_parameter(item) for item in FUNCTIONS])
 def test_errors_are_documented(name: str, function: ast.FunctionDef, about: str) -> None:
     """A public function that raises says so: under ``Raises:``, or in a sentence with the word."""
     names = raised(function)
