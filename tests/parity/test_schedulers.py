@@ -574,6 +574,14 @@ def test_begin_index_and_add_noise_as_image_to_image_uses_them(name: str, skip: 
         assert_same(*made)
 
 
+def test_a_repeated_timestep_is_found_at_its_second_place() -> None:
+    for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
+        for each in pair(name, **SD):
+            schedule = torch.tensor([999.0, 500.0, 500.0, 3.0])
+            assert [each.index_for_timestep(t, schedule) for t in schedule] == [0, 2, 2, 3]
+            assert each.index_for_timestep(500.0, schedule) == 2
+
+
 @pytest.mark.parametrize("name", ["LCMScheduler", "DDIMScheduler"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_add_noise_and_get_velocity_at_any_timestep(name: str, dtype: torch.dtype) -> None:
