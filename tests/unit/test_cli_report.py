@@ -45,9 +45,12 @@ def zoo(tiny: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa
     (zoo / "emoji" / "lcm-lora").mkdir()
     write_lora(zoo / "emoji" / "lcm-lora" / "pytorch_lora_weights.safetensors")
     shutil.copytree(Path(tiny) / "vae", zoo / "emoji" / "vae")
-    blobs, snapshot = (here / "cache" / "models--some--style" / name for name in ("blobs", "snapshots/abc"))
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
+    commit = "0123456789" * 4
+    repository = here / "cache" / "models--some--style"
+    blobs, refs, snapshot = (repository / name for name in ("blobs", "refs", f"snapshots/{commit}"))
+    for folder in (blobs, refs, snapshot):
+        folder.mkdir(parents=True)
+    (refs / "main").write_text(commit)
     write_lora(blobs / "123")
     (snapshot / "style.safetensors").symlink_to(blobs / "123")
     (here / "cache" / "models--without--files").mkdir()
@@ -70,8 +73,8 @@ def test_models(zoo: Path, here: Path) -> None:  # noqa: F811
         assert row["folder"] == str(zoo / row["name"]) and row["bytes"] == bytes_in(zoo / row["name"])
     assert facts["cache"] == str(here / "cache")
     [cached] = facts["cached"]
-    blob = here / "cache" / "models--some--style" / "blobs" / "123"
-    assert (cached["name"], cached["kind"], cached["bytes"]) == ("some/style", "LoRA", blob.stat().st_size)
+    blob = here / "cache" / "models--some--style" / "blobs" / "123"  # and 40 bytes that name the commit
+    assert (cached["name"], cached["kind"], cached["bytes"]) == ("some/style", "LoRA", blob.stat().st_size + 40)
     table = run("models").stdout
     for words in ("emoji/base (emoji)", "StableDiffusionPipeline", "emoji/lcm-lora", "AutoencoderKL", "some/style"):
         assert words in table

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import typer
 
@@ -28,8 +29,8 @@ def one_line(text: object) -> str:
 
 def say(kind: str, text: object, colour: str, stream: TextIO | None = None) -> None:
     """Write the line ``kind: text`` to stderr (or ``stream``), ``kind`` in ``colour`` where there are colours."""
-    stream = sys.stderr if stream is None else stream
-    if stream is not None and stream.isatty():
+    stream = stream or cast(TextIO, sys.stderr)
+    if stream.isatty() and os.environ.get("TERM") != "dumb":
         stream.write("\r\x1b[2K")  # instead of a progress bar, which is drawn again below
     typer.secho(f"{kind}: ", file=stream, fg=colour, nl=False)
     typer.echo(one_line(text), file=stream)
@@ -42,7 +43,7 @@ def note(text: object, stream: TextIO | None = None) -> None:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the most similar of ``known``, or nothing when none is similar."""
-    near = difflib.get_close_matches(name, list(known), 1)
+    near = difflib.get_close_matches(name, [other for other in known if other != name], 1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
