@@ -71,6 +71,13 @@ def test_weight_zero_is_the_base() -> None:
     assert same(model, start)
 
 
+def test_a_scale_that_is_no_number() -> None:
+    adapters, _, _ = three()
+    adapters.scale = float("nan")
+    with pytest.raises(LoraError, match="must be a finite number, got nan"):
+        adapters.apply()
+
+
 def test_only_what_changed_is_rewritten() -> None:
     model = toy()
     adapters = AdapterSet({"unet": model})
@@ -202,6 +209,21 @@ def test_a_changed_dtype_is_followed() -> None:
     adapters.clear()
     adapters.apply()
     assert same(model, snapshot(reference))
+
+
+def test_a_base_that_was_rounded_stays_rounded(tmp_path: Path) -> None:
+    """Loaded in half precision from a float32 file and widened later: without adapters it would hold rounded values."""
+    unet().save_pretrained(tmp_path)
+    model = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float16).requires_grad_(False)
+    expected = snapshot(UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float16).float())
+    adapters = AdapterSet({"unet": model})
+    adapters.add("a", lora(model))
+    adapters.apply()
+    model.float()
+    adapters.apply()
+    adapters.clear()
+    adapters.apply()
+    assert same(model, expected)
 
 
 def test_an_overwritten_weight_is_a_new_base() -> None:
@@ -368,6 +390,9 @@ def test_hotswap_keeps_the_weight() -> None:
     adapters.add("b", new, hotswap=True)
     assert factors(adapters, "text_encoder") == [1.0], "b is gone from the text encoder, c is left"
     assert adapters.names == ("a", "b", "c")
+    both = Lora("both", {**new.components, "text_encoder": lora(unet).components["unet"]})
+    adapters.add("a", both, hotswap=True)
+    assert factors(adapters, "text_encoder") == [1.0, 1.0], "what acts also acts where it is new"
 
 
 def test_weights_by_component() -> None:
@@ -447,6 +472,7 @@ def of_unet(name: str, shape: tuple[int, int]) -> Lora:
         (lambda s: s.delete(["a", "z"]), "unknown adapter 'z'"),
         (lambda s: s.fuse("z"), "unknown adapter 'z'"),
         (lambda s: s.fuse(components=["vae"]), "unknown component 'vae'; there are unet, text_encoder"),
+        (lambda s: s.fuse(scale=float("inf")), "must be a finite number, got inf"),
         (lambda s: s.unfuse(["vae"]), "unknown component 'vae'"),
         (lambda s: s["z"], "unknown adapter 'z'"),
         (lambda s: s.add("z", Lora("z", {"vae": {}})), "LoRA z changes vae, which is not among unet, text_encoder"),

@@ -38,12 +38,21 @@ def text_model() -> CLIPTextModel:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"nonsense": torch.ones(1)}, "1 keys are of no known format: nonsense"),
-        ({f"{KEY}.lora_left.weight": torch.ones(1)}, rf"are of no known format: {KEY}\.lora_left\.weight"),
-        (halves("lora_unet_mid_block_foo"), r"2 keys name no module of unet: lora_unet_mid_block_foo\.lora_down"),
-        (halves("lora_te2_text_model_foo"), "2 keys are for text_encoder_2, which is not among unet"),
-        (halves(KEY.replace("to_q", "to_k"), inner=17), r"do not fit: .*to_k.*change of shape \(16, 17\)"),
-        (halves(KEY.replace("to_q", "to_k"), out=15), r"do not fit: .*change of shape \(15, 16\).*has \(16, 16\)"),
+        ({"nonsense": torch.ones(1)}, r"keys that are of no known format \(1\): nonsense"),
+        ({f"{KEY}.lora_left.weight": torch.ones(1)}, rf"are of no known format \(1\): {KEY}\.lora_left\.weight"),
+        (
+            halves("lora_unet_mid_block_foo"),
+            r"keys that name no module of unet \(2\): lora_unet_mid_block_foo\.lora_down",
+        ),
+        (
+            halves("lora_te2_text_model_foo"),
+            r"keys that are for text_encoder_2, which is not among unet \(2\): lora_te2",
+        ),
+        (halves(KEY.replace("to_q", "to_k"), inner=17), r"do not fit \(1\): .*to_k.*change of shape \(16, 17\)"),
+        (
+            halves(KEY.replace("to_q", "to_k"), out=15),
+            r"do not fit \(1\): .*change of shape \(15, 16\).*has \(16, 16\)",
+        ),
         (
             {f"{KEY.replace('to_q', 'to_k')}.lora_down.weight": torch.ones(2, 16)},
             r"to_k\.lora_down\.weight \(up missing\)",
@@ -55,17 +64,17 @@ def text_model() -> CLIPTextModel:
         ({f"{KEY}.alpha": torch.ones(2)}, r"alpha must be one number, it has shape \(2,\)"),
         (
             {f"{KEY}.lora_up.weight": torch.full((16, 2), torch.nan)},
-            rf"hold NaN or infinity, or nothing: {KEY}\.lora_up",
+            rf"hold NaN or infinity, or nothing \(1\): {KEY}\.lora_up",
         ),
         (
             {f"{KEY}.lora_up.weight": torch.full((16, 2), torch.inf)},
-            rf"hold NaN or infinity, or nothing: {KEY}\.lora_up",
+            rf"hold NaN or infinity, or nothing \(1\): {KEY}\.lora_up",
         ),
-        ({f"{KEY}.lora_up.weight": torch.ones(0, 2)}, rf"hold NaN or infinity, or nothing: {KEY}\.lora_up"),
+        ({f"{KEY}.lora_up.weight": torch.ones(0, 2)}, rf"hold NaN or infinity, or nothing \(1\): {KEY}\.lora_up"),
         ({f"{KEY}.hada_w1_a": torch.ones(2, 2)}, "tensors of hada and lora alone do not belong together"),
         ({f"{KEY}.dora_scale": torch.ones(3, 1)}, r"has a magnitude of shape \(3, 1\)"),
-        ({f"unet.{Q}.lora.up.weight": torch.ones(16, 2)}, "2 keys say one thing twice"),
-        ({f"{KEY}.oft_blocks": torch.ones(1)}, r"1 keys belong to OFT, which is not supported: .*oft_blocks"),
+        ({f"unet.{Q}.lora.up.weight": torch.ones(16, 2)}, r"keys that say one thing twice \(2\): "),
+        ({f"{KEY}.oft_blocks": torch.ones(1)}, r"keys that belong to OFT, which is not supported \(1\): .*oft_blocks"),
         ({f"{KEY}.on_input": torch.ones(1)}, "belong to IA3, which is not supported"),
         ({f"{KEY}.a1.weight": torch.ones(1)}, "belong to GLoRA, which is not supported"),
         ({"bundle_emb.cat.string_to_param": torch.ones(1)}, "belong to a bundled textual-inversion embedding"),
@@ -88,12 +97,17 @@ def test_all_problems_come_in_one_message() -> None:
     text = str(error.value)
     assert text.startswith("LoRA cat: ")
     assert all(
-        part in text for part in ("1 keys are of no known format", "2 keys name no module", "do not make a change")
+        part in text
+        for part in (
+            "of no known format (1): x",
+            "name no module of unet (2): lora_unet_foo",
+            "do not make a change (1)",
+        )
     )
 
 
 def test_nothing_is_not_a_lora() -> None:
-    with pytest.raises(LoraError, match="not even one"):
+    with pytest.raises(LoraError, match=r"LoRA \(tensors\): it holds no keys\."):
         read_lora({}, {"unet": unet()})
 
 
@@ -242,12 +256,17 @@ def test_text_encoders_are_found_with_and_without_their_prefix() -> None:
     assert list(read_lora(bare, {"unet": unet(), "text_encoder": text_model()}).components) == ["text_encoder"]
 
 
-def test_tensors_of_a_file_stay_mapped(tmp_path: Path) -> None:
-    save_file(halves(), tmp_path / "cat.safetensors", {"ss_base_model_version": "sd_v1"})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_of_a_file_stay_mapped(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file(
+        {key: tensor.to(dtype) for key, tensor in halves().items()},
+        tmp_path / "cat.safetensors",
+        {"ss_base_model_version": "sd_v1"},
+    )
     found = read_lora(tmp_path / "cat.safetensors", {"unet": unet()})
     assert found.name == "cat" and found.metadata["ss_base_model_version"] == "sd_v1"
     (pair,) = found.components["unet"].values()
-    assert isinstance(pair, LoraPair)
+    assert isinstance(pair, LoraPair) and pair.down.dtype == dtype
     assert pair.up.data_ptr() == pair.down.data_ptr() + pair.down.nbytes, "they lie side by side, as in the file"
 
 

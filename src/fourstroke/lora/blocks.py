@@ -28,7 +28,7 @@ def component_weight(weight: AdapterWeight | None, component: str) -> AdapterWei
     if weight is None:
         return 1.0
     if not isinstance(weight, Mapping):
-        return _number(weight)
+        return finite(weight)
     if component in weight:
         part = weight[component]
         return part if isinstance(part, Mapping) else component_weight(part, component)
@@ -43,7 +43,8 @@ def unknown_parts(weight: AdapterWeight | None, components: Mapping[str, Any]) -
     return [key for key in keys if key not in components and key not in BLOCK_KEYS]
 
 
-def _number(weight: Any) -> float:
+def finite(weight: Any) -> float:
+    """Return a weight as a float; raises `LoraError` for anything but a finite number."""
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise LoraError(f"an adapter's weight must be a finite number, got {weight!r}")
     return float(weight)
@@ -61,7 +62,7 @@ def block_weights(weight: AdapterWeight, model: nn.Module) -> float | dict[str, 
         LoraError: a block that is not there or has no attention, or a list of another length.
     """
     if not isinstance(weight, Mapping):
-        return _number(weight)
+        return finite(weight)
     if unknown := [key for key in weight if key not in BLOCK_KEYS]:
         raise LoraError(f"unknown block {', '.join(map(repr, unknown))}; use {', '.join(map(repr, BLOCK_KEYS))}")
     if not hasattr(unwrap(model), "down_blocks"):
@@ -95,7 +96,7 @@ def _block(label: str, path: str, value: Any, model: nn.Module) -> dict[str, flo
         raise LoraError(f"{label} has no attention in this model; leave it out")
     if len(numbers) not in (1, count):
         raise LoraError(f"{label} has {count} attentions, got {len(numbers)} weights")
-    return {f"{path}.attentions.{i}": _number(numbers[i % len(numbers)]) for i in range(count)}
+    return {f"{path}.attentions.{i}": finite(numbers[i % len(numbers)]) for i in range(count)}
 
 
 def factor_of(weights: float | BlockWeights, name: str) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..loading import listed
-from .blocks import AdapterWeight, block_weights, component_weight, factor_of, unknown_parts
+from .blocks import AdapterWeight, block_weights, component_weight, factor_of, finite, unknown_parts
 from .keys import named_weights, parameter_places, unwrap
 from .pairs import AdapterWeights, LoraError, LoraPair, like, misfit
 from .weights import Lora
@@ -157,12 +157,16 @@ class AdapterSet:
         if hotswap and name not in self._loras:
             raise LoraError(f"there is no adapter {name!r} to hotswap; loaded: {listed(self._loras) or 'none'}")
         _check(lora, dict(self._present()))
+        acting = name in self.active
         self._loras[name] = lora
         self._revision += 1
         for component in lora.components:
             self._weights.setdefault(component, {}).setdefault(name, 1.0)
+            active = self._active.get(component, ())
             if not hotswap:
                 self._active[component] = (name,)
+            elif acting and name not in active:
+                self._active[component] = (*active, name)
         self._drop_stale()
 
     def move(self, names: Names, device: torch.device | str | int) -> None:
@@ -254,15 +258,15 @@ class AdapterSet:
             components: where; default everywhere.
 
         Raises:
-            LoraError: an unknown adapter or component.
+            LoraError: an unknown adapter or component, a scale that is not a finite number.
         """
-        chosen = None if names is None else self._known(names)
+        chosen, scale = None if names is None else self._known(names), finite(scale)
         for component in self._components(components):
             for name in self._active.get(component, ()) if chosen is None else chosen:
                 lora, entries = self._loras[name], self._fused.get(component, ())
                 if component in lora.components and all(entry.lora is not lora for entry in entries):
                     weight = self._weights[component][name]
-                    self._fused[component] = (*entries, _Fused(name, lora, weight, float(scale)))
+                    self._fused[component] = (*entries, _Fused(name, lora, weight, scale))
         self._revision += 1
 
     def unfuse(self, components: Sequence[str] | None = None) -> None:
@@ -300,12 +304,12 @@ class AdapterSet:
             LoraError: an adapter does not fit the model (it was replaced), or a weight is quantised or not in memory.
                 Nothing of that component is changed then.
         """
-        written = 0
+        written, scale = 0, finite(self.scale)
         for component, model in self._present():
             bases = self._bases.get(component)
             if bases is None or bases.model is not model:
                 bases = self._bases[component] = _Bases(component, model)
-            stamp = (self._revision, self.enabled, self.scale)
+            stamp = (self._revision, self.enabled, scale)
             if bases.stamp != stamp or not bases.intact():
                 written += bases.apply(self.terms(component))
                 bases.stamp = stamp

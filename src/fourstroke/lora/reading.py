@@ -163,8 +163,8 @@ class _Reader:
                     self.problems["do not fit"].append(f"{keys} ({reason})")
                 else:
                     components.setdefault(component, {})[f"{path}.{kind}"] = weights
-        if not self.modules and not self.problems and not self.absent:
-            self.problems["are there, not even one"] = []
+        if not (self.modules or self.problems or self.absent):
+            self.problems["it holds no keys"] = []
         return components
 
     def _alpha(self, component: str, path: str) -> Callable[[int], float] | None:
@@ -179,7 +179,8 @@ class _Reader:
             parts.append(f"it was made for {theirs}, the model is {ours}; use a LoRA of the model's family")
         if self.twice:
             parts.append(f"{self.twice} modules come under two names; the diffusers names are used")
-        parts += [f"{len(keys)} keys {what}: {listed(keys)}" for what, keys in self.problems.items()]
+        for what, keys in self.problems.items():
+            parts.append(f"keys that {what} ({len(keys)}): {listed(keys)}" if keys else what)
         return "; ".join(parts)
 
 
