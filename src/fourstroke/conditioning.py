@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Components:
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL | AutoencoderTiny
-    scheduler: object
+    scheduler: Any
     tokenizers: Sequence[Tokenizer]
     text_encoders: Sequence[CLIPTextModel]
     force_zeros_for_empty_prompt: bool = False

@@ -132,7 +132,7 @@ def prepare(parts: Components, request: GenerateRequest) -> DenoiseState:
     noise = request.latents
     if noise is None:
         noise = randn_tensor(shape, generator, device=device, dtype=dtype)
-    scheduler: Any = parts.scheduler
+    scheduler = parts.scheduler
     state = DenoiseState(
         latents=noise.to(device) * scheduler.init_noise_sigma,
         timesteps=timesteps,

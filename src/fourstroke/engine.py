@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import hub
 from .denoise import DenoiseState
 from .pipelines.pipeline import DiffusionPipeline
 from .request import GenerateRequest, GenerateResult
@@ -72,8 +73,9 @@ class Engine:
         if lcm:
             self.pipeline.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
         self.loras = wanted
+        where = {name: options[name] for name in hub.OPTIONS if name in options}
         for i, (name, _) in enumerate(wanted):
-            self.pipeline.load_lora_weights(name, adapter_name=f"lora_{i}")
+            self.pipeline.load_lora_weights(name, adapter_name=f"lora_{i}", **where)
         if wanted:
             self.pipeline.set_adapters([f"lora_{i}" for i in range(len(wanted))], [weight for _, weight in wanted])
 

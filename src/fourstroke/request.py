@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .images import check_output_type
 
-Prompt = str | Sequence[str] | None
-Generators = torch.Generator | Sequence[torch.Generator] | None
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Prompt: TypeAlias = str | Sequence[str] | None
+Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator] | None"
 
 
 def option(default: Any, help: str) -> Any:
@@ -33,7 +34,6 @@ class GenerateRequest:
         sigmas: custom noise levels, for schedulers that take them.
         original_inference_steps: LCM's training grid (Luo et al. 2023, sec. 4.3); None is the scheduler's own, 50.
         guidance_rescale: phi of Lin et al. 2023, sec. 3.4, in [0, 1].
-        eta: DDIM's and TCD's stochasticity in [0, 1].
         generator: random numbers for the whole batch, or one generator a picture; wins over ``seed``.
         latents: (N, 4, height / 8, width / 8) start noise instead of drawn noise.
         prompt_embeds, negative_prompt_embeds: (prompts, L, D) in place of the prompts.
@@ -61,7 +61,7 @@ class GenerateRequest:
     guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is off, 1 to 2 suits an LCM-LoRA.")
     guidance_rescale: float = 0.0
     num_images_per_prompt: int = option(1, "Pictures; picture i has the seed SEED + i.")
-    eta: float = 0.0
+    eta: float = option(0.0, "Stochasticity of DDIM and TCD, 0 to 1.")
     seed: int | None = option(None, "Seed of the first picture; random if not given.")
     generator: Generators = None
     latents: Tensor | None = None

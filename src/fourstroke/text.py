@@ -105,8 +105,8 @@ class Tokenizer:
         folder = Path(save_directory)
         text = "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in self.merges) + "\n"
         ordered = json.dumps(self.vocab, ensure_ascii=False)
-        write_atomically(folder / "vocab.json", lambda path: path.write_text(ordered, encoding="utf-8") and None)
-        write_atomically(folder / "merges.txt", lambda path: path.write_text(text, encoding="utf-8") and None)
+        write_atomically(folder / "vocab.json", lambda path: path.write_text(ordered, encoding="utf-8"))
+        write_atomically(folder / "merges.txt", lambda path: path.write_text(text, encoding="utf-8"))
         write_json(
             folder / "tokenizer_config.json",
             {

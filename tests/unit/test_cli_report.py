@@ -304,7 +304,7 @@ def test_info() -> None:
     assert facts["cores"] == len(os.sched_getaffinity(0))
     assert [device["name"] for device in facts["devices"]][0] == "cpu"
     assert sum(device["name"].startswith("cuda") for device in facts["devices"]) == torch.cuda.device_count()
-    assert facts["backends"]["eager"] is True and facts["backends"]["cudagraph"] is torch.cuda.is_available()
+    assert facts["backends"]["eager"] is True
     assert set(facts["extras"]) >= {"openvino", "fastapi", "ray", "accelerate", "av"}
     rows = shown("info")
     assert rows["torch"] == version("torch")

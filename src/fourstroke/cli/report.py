@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -378,8 +377,6 @@ def environment() -> Facts:
         "backends": {
             "eager": True,
             "compile": any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")),
-            "cudagraph": cuda,
-            "openvino": importlib.util.find_spec("openvino") is not None,
         },
         "cuda": torch.version.cuda,
         "cache": str(cache_folder()),

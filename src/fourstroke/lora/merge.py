@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loading import listed
+from ..loading import WeightError, listed
 from .blocks import AdapterWeight, block_weights, component_weight, factor_of, finite, unknown_parts
 from .keys import named_weights, parameter_places, unwrap
 from .pairs import AdapterWeights, LoraError, LoraPair, like, misfit
@@ -373,7 +373,7 @@ class _Bases:
             wanted[shared] = wanted.get(shared, ()) + own
         for name in [*self.slots]:
             self._check_slot(name, places)
-        for name in wanted.keys() - self.slots.keys():
+        for name in [name for name in wanted if name not in self.slots]:
             self.slots[name] = self._open(name, places, wanted[name])
         return sum(self._write(name, wanted.get(name, ())) for name in [*self.slots])
 
@@ -404,7 +404,7 @@ class _Bases:
             stored is not None
             and stored.shape == parameter.shape
             and stored.data_ptr() != parameter.data_ptr()  # else merging would change the source itself
-            and torch.equal(stored.to(parameter.dtype), parameter.detach().cpu())
+            and torch.equal(stored.to(parameter.device, parameter.dtype), parameter.detach())
         )
         copy = None if same else parameter.detach().clone()
         return _Slot(module, attribute, parameter, parameter.dtype, copy, _version(parameter))
@@ -426,9 +426,10 @@ class _Bases:
 
 
 def _read(source: Any, name: str) -> Tensor | None:
+    """Return a pristine weight; None when the file does not hold it or is gone."""
     try:
         return None if source is None else source.read(name)
-    except KeyError:
+    except (KeyError, WeightError):
         return None
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ class Residuals(NamedTuple):
 
 class Stage(nn.Module):
     """One level of the network: resnets, each with an optional transformer and an optional motion module after it."""
+
+    resnets: nn.ModuleList
+    attentions: nn.ModuleList | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,8 +68,8 @@ class DownBlock(Stage):
     ) -> tuple[Tensor, list[Tensor]]:
         """(N, C_in, H, W) -> (N, C, H/2, W/2) and the skip connections.
 
-        ``intra`` is added where T2I-Adapters were trained: before the downsampler of a block with attention (N, C, H, W),
-        after that of a block without (N, C, H/2, W/2); in both cases the skip connection has it too.
+        ``intra`` is added where T2I-Adapters were trained: before the downsampler of a block with attention
+        (N, C, H, W), after that of a block without (N, C, H/2, W/2); the skip connection has it too.
         """
         skips = []
         for i in range(len(self.resnets)):
@@ -90,7 +93,7 @@ class MidBlock(nn.Module):
         level = len(config.block_out_channels) - 1
         channels = config.block_out_channels[level]
         crossed = config.mid_block_type == "UNetMidBlock2DCrossAttn"
-        depths = (_depths(config.transformer_layers_per_block, level, config, 1)[0],) if crossed else ()
+        depths = (_depths(config.transformer_layers_per_block, level, 1)[0],) if crossed else ()
         self.attentions = nn.ModuleList(_transformer(config, level, depth) for depth in depths)
         self.resnets = nn.ModuleList(
             ResnetBlock2D(channels, channels, temb_channels, config.norm_num_groups, config.norm_eps)
@@ -197,7 +200,7 @@ class UNet2DConditionModel(Model):
             added = added_cond_kwargs or {}
             if "text_embeds" not in added or "time_ids" not in added:
                 raise ValueError(
-                    "This UNet is of the SDXL kind: added_cond_kwargs must hold text_embeds (N, D) and time_ids (N, 6); "
+                    "This UNet is of SDXL's kind: added_cond_kwargs must hold text_embeds (N, D) and time_ids (N, 6); "
                     f"got {sorted(added) or 'nothing'}."
                 )
             sizes = timestep_embedding(
@@ -250,7 +253,7 @@ class UNet2DConditionModel(Model):
         for i, block in enumerate(self.up_blocks):
             # The next level's size is its skip connection's, so that odd sizes come back as they were.
             below = len(skips) - len(block.resnets) - 1
-            size = tuple(skips[below].shape[-2:]) if i < len(self.up_blocks) - 1 else None
+            size = (skips[below].shape[-2], skips[below].shape[-1]) if i < len(self.up_blocks) - 1 else None
             x = block(x, skips, temb, encoder_hidden_states, frames, size)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
@@ -274,7 +277,7 @@ def _transformers(config: UNetConfig, block_type: str, level: int, depths: tuple
     return nn.ModuleList(_transformer(config, level, depth) for depth in depths)
 
 
-def _depths(published: object, position: int, config: UNetConfig, layers: int) -> tuple[int, ...]:
+def _depths(published: Any, position: int, layers: int) -> tuple[int, ...]:
     """Transformer depths of one level's ``layers``, from a published value: one, one a level, or one a layer."""
     value = published[position] if isinstance(published, tuple) else published
     return value if isinstance(value, tuple) else (value,) * layers
@@ -282,7 +285,7 @@ def _depths(published: object, position: int, config: UNetConfig, layers: int) -
 
 def _down_depths(config: UNetConfig) -> list[tuple[int, ...]]:
     layers = config.per_level("layers_per_block")
-    return [_depths(config.transformer_layers_per_block, i, config, layers[i]) for i in range(len(layers))]
+    return [_depths(config.transformer_layers_per_block, i, layers[i]) for i in range(len(layers))]
 
 
 def _up_depths(config: UNetConfig) -> list[tuple[int, ...]]:
@@ -290,12 +293,5 @@ def _up_depths(config: UNetConfig) -> list[tuple[int, ...]]:
     layers = config.per_level("layers_per_block")
     published = config.reverse_transformer_layers_per_block
     if published is None:
-        return [_depths(config.transformer_layers_per_block, i, config, n + 1) for i, n in enumerate(layers)]
-    return [_depths(published[::-1], i, config, n + 1) for i, n in enumerate(layers)]
-
-
-def attention_modules(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Module]]:
-    """Every attention layer with its path, in the order of the forward pass of its blocks."""
-    for name, module in unet.named_modules():
-        if name.endswith((".attn1", ".attn2")):
-            yield name, module
+        return [_depths(config.transformer_layers_per_block, i, n + 1) for i, n in enumerate(layers)]
+    return [_depths(published[::-1], i, n + 1) for i, n in enumerate(layers)]

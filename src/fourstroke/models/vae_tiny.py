@@ -79,7 +79,9 @@ class AutoencoderTiny(Model):
         self.config: AutoencoderTinyConfig = config
         for name in ("encoder_block_out_channels", "decoder_block_out_channels"):
             if len(set(getattr(config, name))) != 1:
-                raise UnsupportedConfig(f"AutoencoderTiny: {name} {getattr(config, name)} must be one width throughout.")
+                raise UnsupportedConfig(
+                    f"AutoencoderTiny: {name} {getattr(config, name)} must be one width throughout."
+                )
         if config.act_fn not in ACTIVATIONS:
             raise UnsupportedConfig(f"AutoencoderTiny: act_fn {config.act_fn!r} is not one of {sorted(ACTIVATIONS)}.")
         self.encoder = EncoderTiny(config, ACTIVATIONS[config.act_fn])

@@ -202,7 +202,7 @@ class DiffusionPipeline:
                 component.save_pretrained(folder / name, variant=variant, stem="model")
             elif isinstance(component, Model):
                 component.save_pretrained(folder / name, variant=variant)
-            elif component is not None:
+            elif component is not None and not isinstance(component, nn.Module):
                 component.save_pretrained(folder / name)
         write_json(folder / INDEX_NAME, index | self.settings)
 
@@ -471,7 +471,7 @@ def pipeline_class(name: str | None) -> type[DiffusionPipeline]:
     Raises:
         ValueError: there is none; the message lists those that there are.
     """
-    if name not in PIPELINES:
+    if name is None or name not in PIPELINES:
         raise ValueError(
             f"The repository's pipeline is {name!r}, which is not supported. Supported: {', '.join(PIPELINES)}."
         )

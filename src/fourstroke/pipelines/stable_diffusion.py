@@ -246,11 +246,10 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
         self.merge_adapters(1.0 if lora_scale is None else lora_scale)
         positive, negative = encode_text(self._parts(), request, do_classifier_free_guidance)
         device = device or self.device
+        embeds, pooled = positive.embeds.to(device), positive.pooled.to(device)
         if negative is None:
-            return positive.embeds.to(device), None, positive.pooled.to(device), None
-        return tuple(
-            tensor.to(device) for tensor in (positive.embeds, negative.embeds, positive.pooled, negative.pooled)
-        )
+            return embeds, None, pooled, None
+        return embeds, negative.embeds.to(device), pooled, negative.pooled.to(device)
 
     def __call__(
         self,
