@@ -135,6 +135,35 @@ def test_a_weight_that_is_not_the_file_s_is_copied(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_that_is_gone_is_copied_from_memory(tmp_path: Path) -> None:
+    unet().save_pretrained(tmp_path)
+    model = UNet2DConditionModel.from_pretrained(tmp_path).requires_grad_(False)
+    start = snapshot(model)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    adapters = AdapterSet({"unet": model})
+    adapters.add("a", lora(model))
+    adapters.apply()
+    assert not same(model, start)
+    adapters.clear()
+    adapters.apply()
+    assert same(model, start)
+
+
+def test_saving_over_the_file_does_not_touch_the_base(tmp_path: Path) -> None:
+    """A picture of the merged weights may replace the very file that serves as the base."""
+    unet().save_pretrained(tmp_path)
+    model = UNet2DConditionModel.from_pretrained(tmp_path).requires_grad_(False)
+    start = snapshot(model)
+    adapters = AdapterSet({"unet": model})
+    adapters.add("a", lora(model))
+    adapters.apply()
+    model.save_pretrained(tmp_path)
+    assert not same(UNet2DConditionModel.from_pretrained(tmp_path), start)
+    adapters.clear()
+    adapters.apply()
+    assert same(model, start)
+
+
 def test_a_source_that_shares_memory_is_not_trusted() -> None:
     model = toy()
     start = snapshot(model)
@@ -285,6 +314,24 @@ def test_move_changes_nothing_but_the_place() -> None:
     adapters.move(["a"], "cpu")
     adapters.apply()
     assert same(adapters.models["unet"], merged)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_models_on_a_gpu_with_adapters_on_the_cpu(dtype: torch.dtype) -> None:
+    model = toy(dtype).cuda()
+    start = snapshot(model)
+    adapters = AdapterSet({"unet": model})
+    adapters.add("a", lora(toy(dtype)))
+    adapters.apply()
+    assert not same(model, start)
+    merged = snapshot(model)
+    adapters.disable()
+    adapters.apply()
+    assert same(model, start)
+    adapters.enable()
+    adapters.apply()
+    assert same(model, merged)
 
 
 class Quantised(nn.Module):
