@@ -65,6 +65,7 @@ def randomise(module: nn.Module, std: float = 0.1) -> nn.Module:
     """Give every parameter random values, so that one which is not used, or used twice, changes the result."""
     for name, parameter in module.named_parameters():
         nn.init.normal_(parameter, std=std)
+        parameter.data[parameter == 0] = std
         if "norm" in name and name.endswith("weight"):
             parameter.data += 1.0
     assert all(bool((parameter != 0).all()) for parameter in module.parameters())
