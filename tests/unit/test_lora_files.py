@@ -441,9 +441,24 @@ def test_few_step_adapters_are_known_by_name(name: str, tmp_path: Path) -> None:
     assert found == RECIPES[name]
 
 
+def test_few_step_adapters_are_known_in_the_hub_s_cache(tmp_path: Path) -> None:
+    path = (
+        tmp_path
+        / "models--latent-consistency--lcm-lora-sdxl"
+        / "snapshots"
+        / "0123"
+        / "pytorch_lora_weights.safetensors"
+    )
+    path.parent.mkdir(parents=True)
+    save_file(halves(), path)
+    recipe = inspect_lora(path).recipe
+    assert recipe is not None and recipe.method == "LCM-LoRA"
+
+
 def test_few_step_adapters_are_known_by_repository_and_header(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(halves(), path)
+    assert inspect_lora(path).recipe is None
     by_name = inspect_lora(path, name="latent-consistency/lcm-lora-sdv1-5").recipe
     assert by_name is not None and by_name.scheduler == "LCMScheduler"
     save_file(halves(), path, {"modelspec.title": "emoji LCM-LoRA", "modelspec.trigger_phrase": "emoji, flat"})

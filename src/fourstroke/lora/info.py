@@ -66,7 +66,7 @@ RECIPES: tuple[tuple[str, Recipe], ...] = (
     (r"(?:^|[-_ /])pcm", Recipe("PCM", "TCDScheduler", 4, 1.5, _TRAILING, {"eta": 0.3})),
     (r"(?:^|[-_ /])lcm", Recipe("LCM-LoRA", "LCMScheduler", 4, 1.0)),
 )
-"""Pattern over the file's path, or what its header says of itself -> how to run it; the first match holds."""
+"""Pattern over a file's name, or what its header says of itself -> how to run it; the first match holds."""
 
 _NAMING = ("modelspec.title", "ss_output_name", "modelspec.description", "name", "title")
 
@@ -120,7 +120,7 @@ def inspect_lora(path: str | os.PathLike[str], *, name: str | None = None) -> Lo
 
     Args:
         path: a ``.safetensors`` file.
-        name: text in which to look for a few-step method beside the file's own path, such as a hub id.
+        name: text in which to look for a few-step method beside the file's own name and folders, such as a hub id.
 
     Raises:
         LoraError: no key is one of a LoRA.
@@ -136,7 +136,8 @@ def inspect_lora(path: str | os.PathLike[str], *, name: str | None = None) -> Lo
         kinds = sorted({kind for key in shapes if (kind := unsupported_kind(key))})
         reason = f"it is {' and '.join(kinds)}" if kinds else f"none of its keys is one of a LoRA: {listed(shapes)}"
         raise LoraError(f"{path}: {reason}.")
-    labels = [str(path.absolute()), name or "", *(metadata.get(key, "") for key in _NAMING)]
+    folders = "/".join(path.absolute().parts[-4:-1])  # in the hub's cache the repository's name is three above the file
+    labels = [path.stem, name or "", *(metadata.get(key, "") for key in _NAMING), folders]
     return LoraInfo(
         name=path.stem,
         family=guess_family(found.modules),
