@@ -254,9 +254,13 @@ def select_weights(files: Iterable[str], prefix: str, variant: str | None) -> li
     for wanted in dict.fromkeys((variant, None)):
         for stem in WEIGHT_STEMS:
             single = weight_name(stem, wanted)
-            index = f"{stem}.safetensors.index.{wanted}.json" if wanted else f"{stem}.safetensors.index.json"
-            shard = re.compile(rf"{re.escape(stem)}-\d+-of-\d+{re.escape('.' + wanted) if wanted else ''}\.safetensors")
-            found = [single] if single in names else sorted(filter(shard.fullmatch, names)) if index in names else []
+            # Shards of a variant are published with its name before or after their number.
+            tag = re.escape(f".{wanted}") if wanted else ""
+            number = r"-\d+-of-\d+"
+            index = re.compile(rf"{re.escape(stem)}(\.safetensors\.index{tag}|{tag}\.safetensors\.index)\.json")
+            shard = re.compile(rf"{re.escape(stem)}({number}{tag}|{tag}{number})\.safetensors")
+            sharded = any(map(index.fullmatch, names))
+            found = [single] if single in names else sorted(filter(shard.fullmatch, names)) if sharded else []
             if found:
                 if wanted != variant:
                     warnings.warn(f"{prefix or './'} has no variant {variant!r}; {found[0]} is loaded.", stacklevel=2)

@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -79,15 +78,7 @@ def raised(function: ast.FunctionDef) -> set[str]:
 FUNCTIONS = list(public_functions())
 
 
-UNDOCUMENTED = {"UNet2DConditionModel.embed": "raises ValueError for SDXL's missing conditions without saying so"}
-
-
-def function_parameter(item: tuple[str, ast.FunctionDef, str]) -> Any:
-    reason = UNDOCUMENTED.get(item[0])
-    return pytest.param(*item, id=item[0], marks=[pytest.mark.xfail(reason=reason)] if reason else [])
-
-
-@pytest.mark.parametrize(("name", "function", "about"), [function_parameter(item) for item in FUNCTIONS])
+@pytest.mark.parametrize(("name", "function", "about"), [pytest.param(*item, id=item[0]) for item in FUNCTIONS])
 def test_errors_are_documented(name: str, function: ast.FunctionDef, about: str) -> None:
     """A public function that raises says so: under ``Raises:``, or in a sentence with the word."""
     names = raised(function)

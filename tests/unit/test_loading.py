@@ -150,9 +150,7 @@ def test_plain_form_wanted_but_only_a_variant_there(folder: Path) -> None:
         AutoencoderTiny.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "variant", [None, pytest.param("fp16", marks=pytest.mark.xfail(reason="today's order of the name is not read"))]
-)
+@pytest.mark.parametrize("variant", [None, "fp16"])
 def test_sharded_weights(tmp_path: Path, variant: str | None) -> None:
     """As diffusers and transformers write them when a file would grow past ``max_shard_size``."""
     oracle = diffusers.AutoencoderTiny(**CONFIG)

@@ -186,7 +186,11 @@ class UNet2DConditionModel(Model):
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        """The activated embedding of time (and SDXL's sizes and pooled text, LCM's guidance): (batch, 4 C0)."""
+        """The activated embedding of time (and SDXL's sizes and pooled text, LCM's guidance): (batch, 4 C0).
+
+        Raises:
+            ValueError: SDXL's pooled text or sizes are missing.
+        """
         config, dtype = self.config, self.dtype
         timestep = torch.as_tensor(timestep, device=self.device).reshape(-1).expand(batch)
         frequencies = timestep_embedding(
