@@ -140,6 +140,13 @@ def test_methods_of_the_lora_page_exist() -> None:
         assert callable(getattr(fourstroke.DiffusionPipeline, name)), name
 
 
+@in_training
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_shipped_names_of_the_pages_exist(page: Path) -> None:
+    for name in re.findall(r"[`\"](emoji/[\w-]+)[`\"]", page.read_text(encoding="utf-8")):
+        assert name in hub.shipped(), name
+
+
 # Code
 
 

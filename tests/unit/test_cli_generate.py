@@ -313,6 +313,7 @@ def test_png_metadata(tiny: str, here: Path) -> None:
         "guidance_scale": 2.0,
         "num_images_per_prompt": 1,
         "seed": 42,
+        "eta": 0.0,
         "clip_skip": 1,
         "model": tiny,
         "loras": [{"name": str(lora), "weight": 0.5}],
@@ -599,8 +600,11 @@ def test_a_full_disk_leaves_no_half_file(tiny: str, here: Path, monkeypatch: pyt
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from fourstroke.engine import Engine
+
+# A shell that starts the tests in the background has its children ignore the signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 original = Engine.generate
 
@@ -623,7 +627,10 @@ def test_control_c_in_the_middle(tiny: str, here: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None and process.stderr.readline() == "step\n"
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=120)
+        try:
+            stdout, stderr = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert (process.returncode, stdout, stderr) == (130, "", "error: interrupted\n")
     assert {path.name: path.read_bytes() for path in here.iterdir()} == {"fox.png": b"old"}
 

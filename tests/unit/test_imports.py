@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "fourstroke"
 MAX_LINES, MAX_FUNCTION_LINES = 500, 60
 # Reads better in one piece: DiffusionPipeline has the methods of diffusers' class, most of them one line.
-LONGER = {"pipelines/pipeline.py": 600}
+LONGER = {"pipelines/pipeline.py": 520}
 
 # Never: the libraries that results are compared with. Not before they are needed: everything else on this list.
 FORBIDDEN = [
