@@ -19,7 +19,7 @@ pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 
 
 def paint() -> Image.Image:
-    generator = torch.manual_seed(0)
+    generator = torch.manual_seed(4)
     image = pipe("a red fox", num_inference_steps=4, guidance_scale=1.0, generator=generator).images[0]
     return image.resize((image.width * ENLARGED, image.height * ENLARGED), Image.Resampling.LANCZOS)
 
