@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_text import Captions, text_config, tokenizer_of_ours
-from train_unet import CONFIG, PROMPTS, Sheet, alphas_cumprod
+from train_unet import CONFIG, PLAIN_REFINED, PROMPTS, Sheet, alphas_cumprod
 
 from fourstroke.lora.layers import LCM_LORA_TARGETS, effective_weights, init_pairs
 from fourstroke.lora.pairs import LoraPair
@@ -35,11 +35,12 @@ BATCH = 32
 GUIDANCE = (3.0, 6.0)
 
 
-def trained_networks(name: str = "unet") -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """The UNet and the text encoder of stage 3: averaged weights, frozen."""
+def trained_networks() -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """The UNet and the text encoder of stage 3, refined when that is done: averaged weights, frozen."""
+    refined = CACHE / "train" / "unet-refine.ema.pt"
     unet = UNet2DConditionModel.from_config(CONFIG)
     encoder = CLIPTextModel.from_config(text_config(tokenizer_of_ours(load()[1])))
-    saved = torch.load(CACHE / "train" / f"{name}.ema.pt", weights_only=True)
+    saved = torch.load(refined if refined.exists() else CACHE / "train" / "unet.ema.pt", weights_only=True)
     unet.load_state_dict(saved["unet"])
     encoder.load_state_dict(saved["text_encoder"])
     return unet.eval().requires_grad_(False), encoder.eval().requires_grad_(False)
@@ -71,7 +72,7 @@ def distillation_loss(
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(latents.plain), (BATCH,), generator=generator)
-        clean = latents.draw(chosen, generator)
+        clean = latents.draw(chosen, generator, PLAIN_REFINED)
         later, earlier = lcd.draw_timesteps(BATCH, generator=generator)
         w = lcd.draw_guidance(BATCH, *guidance, generator=generator)
         sample = add_noise(clean, torch.randn(clean.shape, generator=generator), alphas[later])

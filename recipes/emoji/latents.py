@@ -23,7 +23,7 @@ class Latents:
     copies: Tensor
     scaling_factor: float
 
-    def draw(self, pictures: Tensor, generator: torch.Generator, plain: float = 0.6) -> Tensor:
+    def draw(self, pictures: Tensor, generator: torch.Generator, plain: float) -> Tensor:
         """Latents (B, 4, 16, 16) of the given pictures: the plain ones at probability ``plain``, else a copy."""
         which = torch.randint(len(self.copies), (len(pictures),), generator=generator)
         keep = torch.rand(len(pictures), generator=generator) < plain
