@@ -17,7 +17,12 @@ from fourstroke import hub
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "fourstroke"
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").glob("*/README.md")]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
+    *(ROOT / "recipes").glob("*/*.md"),
+    *SOURCE.glob("zoo/*/*/README.md"),
+]
 MAX_EXAMPLE_LINES = 40
 # The main path, in reading order.
 PATH = [
@@ -28,7 +33,6 @@ PATH = [
     "models/unet.py",
 ]
 
-in_training = pytest.mark.xfail(strict=False, reason="the shipped model's pictures and report come with it")
 needs_zoo = pytest.mark.skipif(hub.local_folder("emoji/lcm-lora") is None, reason="the shipped model is not there")
 
 
@@ -44,7 +48,6 @@ def blocks(page: Path, language: str) -> list[str]:
 # Links
 
 
-@in_training
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
@@ -52,7 +55,6 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-@in_training
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_pictures_are_there(page: Path) -> None:
     for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
@@ -140,7 +142,6 @@ def test_methods_of_the_lora_page_exist() -> None:
         assert callable(getattr(fourstroke.DiffusionPipeline, name)), name
 
 
-@in_training
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_shipped_names_of_the_pages_exist(page: Path) -> None:
     for name in re.findall(r"[`\"](emoji/[\w-]+)[`\"]", page.read_text(encoding="utf-8")):
