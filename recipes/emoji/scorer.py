@@ -89,7 +89,8 @@ def frechet(first: Tensor, second: Tensor) -> float:
     values, axes = torch.linalg.eigh(cov_a)
     root = axes @ torch.diag(values.clamp(min=0).sqrt()) @ axes.T
     mixed = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * mixed)
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * mixed
+    return max(0.0, float(distance))
 
 
 def sharpness(pictures: Tensor) -> float:
