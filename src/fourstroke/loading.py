@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import hub
 from .config import Config, config_from_dict, config_to_dict
@@ -293,7 +294,7 @@ def build(
     Raises:
         WeightError: keys are missing, unexpected or of the wrong shape; all of them are named.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         model = cls(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = {name: source.read(name).to(dtype or torch.float32) for name in source.places if name in expected}
@@ -318,6 +319,15 @@ def build(
     source.close()
     model.source = source
     return model.eval()
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves new parameters as they are: on the meta device initialising them only costs time, mostly imports."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def read_json(path: Path) -> dict[str, Any]:
