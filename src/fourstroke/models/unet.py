@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -256,7 +256,7 @@ class UNet2DConditionModel(Model):
             x = x + mid
         for i, block in enumerate(self.up_blocks):
             # The next level's size is its skip connection's, so that odd sizes come back as they were.
-            below = len(skips) - len(block.resnets) - 1
+            below = len(skips) - len(cast(UpBlock, block).resnets) - 1
             size = (skips[below].shape[-2], skips[below].shape[-1]) if i < len(self.up_blocks) - 1 else None
             x = block(x, skips, temb, encoder_hidden_states, frames, size)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import hub
+from ..loading import write_atomically
 from . import noise as noise_
-
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 class SchedulerConfig(dict[str, Any]):
@@ -194,7 +193,7 @@ class Scheduler:
         **kwargs: Any,
     ) -> Any:
         """Build this class from a ``scheduler_config.json``: `load_config`, then `from_config` with other options."""
-        hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        hub_options = {name: kwargs.pop(name) for name in hub.OPTIONS if name in kwargs}
         config = cls.load_config(pretrained_model_name_or_path, subfolder, **hub_options)
         return cls.from_config(config, return_unused_kwargs, **kwargs)
 
@@ -211,7 +210,8 @@ class Scheduler:
         if folder.is_file():
             raise NotADirectoryError(f"{folder} is a file; give a folder to write {self.config_name} into.")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.config_name).write_text(self.to_json_string(), encoding="utf-8")
+        text = self.to_json_string()
+        write_atomically(folder / self.config_name, lambda path: path.write_text(text, encoding="utf-8"))
 
     save_pretrained = save_config
 
