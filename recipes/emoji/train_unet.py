@@ -33,7 +33,7 @@ CONFIG = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 }  # fmt: skip
-BATCH = 32
+BATCH, BATCH_REFINED = 32, 64
 PLAIN, PLAIN_REFINED = 0.6, 0.9  # the part of plain latents; the rest are moved copies
 EMPTY = 0.1
 GAMMA = 5.0
@@ -133,7 +133,7 @@ def main() -> None:
         "--refine", action="store_true", help="go on from the finished first run, with few moved copies"
     )
     options = parser.parse_args()
-    name, plain = ("unet-refine", PLAIN_REFINED) if options.refine else ("unet", PLAIN)
+    name, plain, batch = ("unet-refine", PLAIN_REFINED, BATCH_REFINED) if options.refine else ("unet", PLAIN, BATCH)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     latents = cached()
@@ -152,7 +152,7 @@ def main() -> None:
     sheet = Sheet(unet, encoder, tokenizer, latents, name)
     run = Run(name, CACHE / "train", options.steps, options.minutes, seed=options.seed, after=sheet, after_every=1000)
     peaks = {"unet": (unet, options.rate), "text_encoder": (encoder, options.rate / 5)}
-    averages = train(run, networks, optimisers(peaks), denoising_loss(unet, encoder, latents, captions, BATCH, plain))
+    averages = train(run, networks, optimisers(peaks), denoising_loss(unet, encoder, latents, captions, batch, plain))
     with use(networks, averages):
         sheet(999_999)
 
