@@ -33,8 +33,6 @@ PATH = [
     "models/unet.py",
 ]
 
-needs_zoo = pytest.mark.skipif(hub.local_folder("emoji/lcm-lora") is None, reason="the shipped model is not there")
-
 
 def page_id(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
@@ -155,7 +153,6 @@ def python_blocks() -> list[tuple[str, str]]:
     return [(page_id(page), code) for page in PAGES for code in blocks(page, "python")]
 
 
-@needs_zoo
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), python_blocks(), ids=lambda value: value if value.endswith(".md") else "")
 def test_code_of_the_pages_runs(page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +165,6 @@ def test_examples_are_short(example: Path) -> None:
     assert len(example.read_text(encoding="utf-8").splitlines()) <= MAX_EXAMPLE_LINES
 
 
-@needs_zoo
 @pytest.mark.slow
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_run(example: Path, tmp_path: Path) -> None:
@@ -206,7 +202,6 @@ def test_targets_of_the_makefile() -> None:
             assert target in targets, f"{page_id(page)}: make {target}"
 
 
-@needs_zoo
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [line for line in readme_commands() if line.startswith("fourstroke ")])
 def test_commands_of_the_readme_work(command: str, tmp_path: Path) -> None:
