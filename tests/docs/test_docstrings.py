@@ -53,17 +53,18 @@ def test_helpers_have_docstrings(name: str) -> None:
 
 
 def public_functions() -> Iterator[tuple[str, ast.FunctionDef, str]]:
-    """(name, function, docstring of its class) of every public function and public method of a public class."""
+    """(name, function, docstring of its class) of every function and method whose name has no underscore in front."""
     for path in sorted(SOURCE.rglob("*.py")):
+        where = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if getattr(node, "name", None) not in (*NAMES, *fourstroke.utils.__all__):
+            if getattr(node, "name", "_").startswith("_"):
                 continue
             if isinstance(node, ast.FunctionDef):
-                yield node.name, node, ""
+                yield f"{where}.{node.name}", node, ""
             elif isinstance(node, ast.ClassDef):
                 for inner in node.body:
                     if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
-                        yield f"{node.name}.{inner.name}", inner, ast.get_docstring(node) or ""
+                        yield f"{where}.{node.name}.{inner.name}", inner, ast.get_docstring(node) or ""
 
 
 def raised(function: ast.FunctionDef) -> set[str]:

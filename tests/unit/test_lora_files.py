@@ -157,6 +157,8 @@ def test_a_broken_file(tmp_path: Path) -> None:
 def test_broken_settings(tmp_path: Path) -> None:
     with pytest.raises(LoraError, match="lora_adapter_metadata is not JSON"):
         read_lora(halves(), {"unet": unet()}, metadata={"lora_adapter_metadata": "{"})
+    with pytest.raises(LoraError, match="lora_adapter_metadata must be a JSON object, not list"):
+        read_lora(halves(), {"unet": unet()}, metadata={"lora_adapter_metadata": "[]"})
 
 
 # What is read

@@ -43,6 +43,11 @@ class Verbs(TyperGroup):
         sys.exit(code if isinstance(code, int) else OK)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb that ``args`` begin with, as click returns it.
+
+        Raises:
+            ValueError: there is no such verb; the message suggests a similar one.
+        """
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             mend = did_you_mean(args[0], self.commands)
             # Somebody who forgot the verb has typed a sentence, not a word.

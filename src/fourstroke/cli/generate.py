@@ -148,7 +148,11 @@ def generate(
 
 @contextlib.contextmanager
 def field_names_as_flags() -> Iterator[None]:
-    """Errors about the request inside speak of ``--steps`` where the library says ``num_inference_steps``."""
+    """Errors about the request inside speak of ``--steps`` where the library says ``num_inference_steps``.
+
+    Raises:
+        ValueError: one was raised inside; its text is in the command line's words.
+    """
     try:
         yield
     except ValueError as error:
@@ -159,7 +163,11 @@ def field_names_as_flags() -> Iterator[None]:
 
 
 def make_request(prompt: str, fields: dict[str, Any]) -> GenerateRequest:
-    """The request, checked as far as that goes without a model."""
+    """The request, checked as far as that goes without a model.
+
+    Raises:
+        ValueError, TypeError: a field breaks a rule of `GenerateRequest`, or of the command line.
+    """
     from ..request import GenerateRequest
 
     request = GenerateRequest(prompt=prompt, **fields)

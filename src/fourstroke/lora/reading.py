@@ -197,13 +197,19 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def peft_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return component ("" for all) -> peft's settings, from a file's header; empty when there are none."""
+    """Return component ("" for all) -> peft's settings, from a file's header; empty when there are none.
+
+    Raises:
+        LoraError: the entry is not a JSON object.
+    """
     if METADATA_KEY not in metadata:
         return {}
     try:
         flat = json.loads(metadata[METADATA_KEY])
     except json.JSONDecodeError as error:
         raise LoraError(f"the header entry {METADATA_KEY} is not JSON ({error})") from None
+    if not isinstance(flat, dict):
+        raise LoraError(f"the header entry {METADATA_KEY} must be a JSON object, not {type(flat).__name__}")
     settings: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in flat.items():
         component, dot, entry = key.partition(".")

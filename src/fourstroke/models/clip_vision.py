@@ -192,7 +192,11 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(N, C, S, S) -> (N, L, D)."""
+        """(N, C, S, S) -> (N, L, D).
+
+        Raises:
+            ValueError: the pictures have another shape.
+        """
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != self.picture:
             raise ValueError(
                 f"pixel_values have the shape {tuple(pixel_values.shape)}, but this CLIP sees {('N', *self.picture)}; "

@@ -75,7 +75,11 @@ class SchedulerOutput:
 
 
 def records_config(init: Callable[..., None]) -> Callable[..., None]:
-    """Make a scheduler's ``__init__`` store its arguments as ``self.config`` before it runs."""
+    """Make a scheduler's ``__init__`` store its arguments as ``self.config`` before it runs.
+
+    Raises:
+        TypeError: (from that ``__init__``) an argument is unknown or missing; the message names the class.
+    """
     signature = inspect.signature(init)
 
     @functools.wraps(init)

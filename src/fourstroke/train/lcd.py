@@ -49,7 +49,11 @@ def draw_timesteps(
 
 
 def draw_guidance(count: int, low: float, high: float, generator: torch.Generator | None = None) -> Tensor:
-    """``w = guidance_scale - 1`` for guidance scales uniform in [low, high] (LCM, alg. 1), float32 (count,)."""
+    """``w = guidance_scale - 1`` for guidance scales uniform in [low, high] (LCM, alg. 1), float32 (count,).
+
+    Raises:
+        ValueError: not ``1 <= low <= high``.
+    """
     if not 1 <= low <= high:
         raise ValueError(f"The guidance range is [{low}, {high}]; it must be 1 <= low <= high (1 is no guidance).")
     device = "cpu" if generator is None else generator.device
