@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +94,27 @@ class Upsample2D(nn.Module):
         return self.conv(x)
 
 
+class Prompts(NamedTuple):
+    """What cross-attention sees when pictures are prompts too.
+
+    Attributes:
+        text: (N, M, cross_attention_dim).
+        images: one tensor an IP-Adapter, (N, tokens, cross_attention_dim).
+    """
+
+    text: Tensor
+    images: tuple[Tensor, ...]
+
+
+Context: TypeAlias = Tensor | Prompts
+"""What cross-attention attends to: text alone (N, M, cross_attention_dim), or with pictures."""
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017); cross-attention when ``cross_attention_dim`` is given.
 
-    ``upcast`` computes the attention in float32, which SD 2.x's large logits need in half precision.
+    ``upcast`` computes the attention in float32, which SD 2.x's large logits need in half precision. ``image`` is the
+    slot of IP-Adapters (`ip_adapter.ImageAttention`), None without any.
     """
 
     def __init__(
@@ -110,14 +128,20 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(cross_attention_dim or query_dim, inner, bias=False)
         self.to_v = nn.Linear(cross_attention_dim or query_dim, inner, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim)])
+        self.image: nn.Module | None = None
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(N, L, query_dim), ``context`` (N, M, cross_attention_dim) -> (N, L, query_dim)."""
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """(N, L, query_dim), ``context`` (N, M, cross_attention_dim), perhaps with pictures -> (N, L, query_dim)."""
+        images: tuple[Tensor, ...] = ()
+        if isinstance(context, Prompts):
+            context, images = context
         context = x if context is None else context
         q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         if self.upcast:
             q, k = q.float(), k.float()
         out = F.scaled_dot_product_attention(q, k, v.to(q.dtype))  # (N, heads, L, head_dim)
+        if images and self.image is not None:
+            out = self.image(out, q, images)
         return self.to_out[0](merge_heads(out.to(x.dtype)))
 
 
@@ -168,8 +192,8 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(N, L, dim), ``context`` (N, M, cross_attention_dim) -> (N, L, dim)."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(N, L, dim), ``context`` as in `Attention.forward` -> (N, L, dim)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -200,8 +224,8 @@ class Transformer2DModel(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1)
         self.use_linear = use_linear
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(N, C, H, W), ``context`` (N, M, cross_attention_dim) -> (N, C, H, W)."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(N, C, H, W), ``context`` as in `Attention.forward` -> (N, C, H, W)."""
         height, width = x.shape[-2:]
         h = self.norm(x)
         if self.use_linear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from ..config import UNetConfig
 from ..loading import Model
-from .layers import Downsample2D, ResnetBlock2D, TimestepEmbedding, Transformer2DModel, Upsample2D, timestep_embedding
+from .layers import (
+    Context,
+    Downsample2D,
+    Prompts,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Transformer2DModel,
+    Upsample2D,
+    timestep_embedding,
+)
 
 
 class Residuals(NamedTuple):
@@ -38,7 +47,7 @@ class Stage(nn.Module):
         super().__init__()
         self.motion_modules: nn.ModuleList | None = None
 
-    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor, frames: int) -> Tensor:
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Context, frames: int) -> Tensor:
         """Resnet ``i`` and what follows it: (N, C_in, H, W) -> (N, C, H, W)."""
         x = self.resnets[i](x, temb)
         if self.attentions is not None:
@@ -64,7 +73,7 @@ class DownBlock(Stage):
         self.downsamplers = None if last else nn.ModuleList([Downsample2D(channels)])
 
     def forward(
-        self, x: Tensor, temb: Tensor, context: Tensor, frames: int, intra: Tensor | None
+        self, x: Tensor, temb: Tensor, context: Context, frames: int, intra: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """(N, C_in, H, W) -> (N, C, H/2, W/2) and the skip connections.
 
@@ -101,7 +110,7 @@ class MidBlock(nn.Module):
         )
         self.motion_modules: nn.ModuleList | None = None
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor, frames: int) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Context, frames: int) -> Tensor:
         """(N, C, h, w) -> (N, C, h, w)."""
         x = self.resnets[0](x, temb)
         for i, attention in enumerate(self.attentions):
@@ -136,7 +145,7 @@ class UpBlock(Stage):
         self.upsamplers = None if top else nn.ModuleList([Upsample2D(channels)])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor, frames: int, size: tuple[int, int] | None
+        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context, frames: int, size: tuple[int, int] | None
     ) -> Tensor:
         """(N, C_in, H, W) and its skip connections (taken off the list's end) -> (N, C, 2H, 2W) or ``size``."""
         for i in range(len(self.resnets)):
@@ -178,6 +187,7 @@ class UNet2DConditionModel(Model):
         )
         self.conv_norm_out = nn.GroupNorm(groups, outputs[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(outputs[0], config.out_channels, 3, padding=1)
+        self.image_projections: nn.ModuleList | None = None
 
     def embed(
         self,
@@ -225,6 +235,7 @@ class UNet2DConditionModel(Model):
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         timestep_cond: Tensor | None = None,
         residuals: Residuals | None = None,
+        image_tokens: Sequence[Tensor] = (),
         frames: int = 1,
     ) -> Tensor:
         """One network evaluation.
@@ -236,30 +247,47 @@ class UNet2DConditionModel(Model):
             added_cond_kwargs: SDXL only: ``text_embeds`` (N, D) and ``time_ids`` (N, 6).
             timestep_cond: guidance embedding (N, time_cond_proj_dim), LCM only.
             residuals: what control networks and adapters add.
+            image_tokens: one tensor (N, tokens, cross_attention_dim) an attached IP-Adapter, from
+                `ip_adapter.project`; without any, the adapters do nothing.
             frames: frames a video; 1 for pictures.
 
         Returns:
             (N, out_channels, h, w) in the dtype of the parameters.
+
+        Raises:
+            ValueError: SDXL's second conditioning is missing, or there are not as many image tokens as IP-Adapters.
         """
         down, mid, intra = residuals or Residuals()
+        context = self._context(encoder_hidden_states, image_tokens)
         temb = self.embed(timestep, sample.shape[0], added_cond_kwargs, timestep_cond)
         x = self.conv_in(sample)
         skips = [x]
         for i, block in enumerate(self.down_blocks):
-            x, kept = block(x, temb, encoder_hidden_states, frames, intra[i] if intra else None)
+            x, kept = block(x, temb, context, frames, intra[i] if intra else None)
             skips += kept
         if down:
             skips = [skip + more for skip, more in zip(skips, down, strict=True)]
         if self.mid_block is not None:
-            x = self.mid_block(x, temb, encoder_hidden_states, frames)
+            x = self.mid_block(x, temb, context, frames)
         if mid is not None:
             x = x + mid
         for i, block in enumerate(self.up_blocks):
             # The next level's size is its skip connection's, so that odd sizes come back as they were.
             below = len(skips) - len(cast(UpBlock, block).resnets) - 1
             size = (skips[below].shape[-2], skips[below].shape[-1]) if i < len(self.up_blocks) - 1 else None
-            x = block(x, skips, temb, encoder_hidden_states, frames, size)
+            x = block(x, skips, temb, context, frames, size)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _context(self, text: Tensor, image_tokens: Sequence[Tensor]) -> Context:
+        if not image_tokens:
+            return text
+        attached = 0 if self.image_projections is None else len(self.image_projections)
+        if len(image_tokens) != attached:
+            raise ValueError(
+                f"image_tokens holds {len(image_tokens)} tensors, but the UNet has {attached} IP-Adapters; give one "
+                "tensor an adapter, as ip_adapter.project does."
+            )
+        return Prompts(text, tuple(image_tokens))
 
 
 def _transformer(config: UNetConfig, level: int, depth: int) -> Transformer2DModel:
