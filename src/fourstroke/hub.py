@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 ZOO = Path(__file__).parent / "zoo"
 ALIASES = {"emoji": "emoji/base"}
@@ -25,6 +27,21 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
         return path
     full_name = ALIASES.get(str(name), str(name))
     return ZOO / full_name if full_name in shipped() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file is not a JSON object; the message names it.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again.") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}.")
+    return data
 
 
 def required(files: Iterable[str], *names: str) -> list[str]:

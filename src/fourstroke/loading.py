@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import hub
 from .config import Config, config_from_dict, config_to_dict
+from .hub import read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -328,21 +329,6 @@ class _NoInitialisation(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
         return func(*args, **(kwargs or {}))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: the file is not a JSON object; the message names it.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again.") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(data).__name__}.")
-    return data
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
