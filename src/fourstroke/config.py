@@ -171,10 +171,10 @@ class UNetConfig(Config):
                     f"UNet2DConditionModel: {name} has {len(getattr(self, name))} entries, but block_out_channels has "
                     f"{levels}; give one block type a level."
                 )
-        _one_of("down_block_types", self.down_block_types, ("CrossAttnDownBlock2D", "DownBlock2D"))
-        _one_of("up_block_types", self.up_block_types, ("CrossAttnUpBlock2D", "UpBlock2D"))
-        _one_of("mid_block_type", (self.mid_block_type,), ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None))
-        _one_of("addition_embed_type", (self.addition_embed_type,), (None, "text_time"))
+        _one_of(self, "down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D"))
+        _one_of(self, "up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D"))
+        _one_of(self, "mid_block_type", ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None))
+        _one_of(self, "addition_embed_type", (None, "text_time"))
         nested = isinstance(self.transformer_layers_per_block, tuple) and any(
             isinstance(item, tuple) for item in self.transformer_layers_per_block
         )
@@ -190,10 +190,82 @@ class UNetConfig(Config):
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
-def _one_of(name: str, values: tuple[Any, ...], known: tuple[Any, ...]) -> None:
-    for value in values:
+def _one_of(config: Config, name: str, known: tuple[Any, ...]) -> None:
+    """Raise unless the field ``name``, or each item of it, is among ``known``."""
+    values = config[name]
+    for value in values if isinstance(values, tuple) else (values,):
         if value not in known:
-            raise UnsupportedConfig(f"UNet2DConditionModel: {name} {value!r} is not supported; only {known} are.")
+            raise UnsupportedConfig(f"{config.class_name}: {name} {value!r} is not supported; only {known} are.")
+
+
+@dataclass(frozen=True)
+class ControlNetConfig(Config):
+    """Configuration of `ControlNetModel`; fields that `UNetConfig` has too mean the same here."""
+
+    class_name: ClassVar[str] = "ControlNetModel"
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1,),
+        "act_fn": ("silu", "swish"),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "resnet_time_scale_shift": ("default",),
+        "only_cross_attention": (False, (False,) * 4, (False,) * 3),
+        "addition_embed_type_num_heads": _ANY,
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+    }
+
+    in_channels: int = 4
+    conditioning_channels: int = 3
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int | tuple[int, ...] | tuple[tuple[int, ...], ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    upcast_attention: bool = False
+    controlnet_conditioning_channel_order: str = "rgb"
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    global_pool_conditions: bool = False
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        if len(self.down_block_types) != levels:
+            raise UnsupportedConfig(
+                f"ControlNetModel: down_block_types has {len(self.down_block_types)} entries, but block_out_channels "
+                f"has {levels}; give one block type a level."
+            )
+        _one_of(self, "down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D"))
+        _one_of(self, "mid_block_type", ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"))
+        _one_of(self, "addition_embed_type", (None, "text_time"))
+        _one_of(self, "controlnet_conditioning_channel_order", ("rgb", "bgr"))
+        for name in ("layers_per_block", "cross_attention_dim"):
+            if not isinstance(self[name], int):
+                raise UnsupportedConfig(
+                    f"ControlNetModel: {name} is {self[name]!r}; it must be one integer for all levels."
+                )
+        xl = self.addition_embed_type == "text_time"
+        if xl and not (self.projection_class_embeddings_input_dim and self.addition_time_embed_dim):
+            raise UnsupportedConfig(
+                "ControlNetModel: addition_embed_type 'text_time' needs addition_time_embed_dim and "
+                "projection_class_embeddings_input_dim; SDXL has 256 and 2816."
+            )
+
+    def per_level(self, name: str) -> tuple[Any, ...]:
+        """The field ``name`` as one value a level, down the network (a single published value holds for all)."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
 @dataclass(frozen=True)

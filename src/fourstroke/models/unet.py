@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import UNetConfig
+from ..config import ControlNetConfig, UNetConfig
 from ..loading import Model
 from .layers import (
     Context,
@@ -21,6 +21,12 @@ from .layers import (
     Upsample2D,
     timestep_embedding,
 )
+
+if TYPE_CHECKING:
+    from .controlnet import ControlNetModel
+
+DownConfig: TypeAlias = UNetConfig | ControlNetConfig
+"""What the way down and the middle are built from: a control network is a copy of these."""
 
 
 class Residuals(NamedTuple):
@@ -35,6 +41,31 @@ class Residuals(NamedTuple):
     down: tuple[Tensor, ...] = ()
     mid: Tensor | None = None
     intra: tuple[Tensor, ...] = ()
+
+
+def add_residuals(first: Residuals | None, second: Residuals) -> Residuals:
+    """What two controls or adapters add together: the sum of each part that both have, else the one that is there.
+
+    Raises:
+        ValueError: they have different numbers of tensors in one part, so they belong to different kinds of UNet.
+    """
+    if first is None:
+        return second
+    mid = first.mid
+    if second.mid is not None:
+        mid = second.mid if mid is None else mid + second.mid
+    return Residuals(_sums("down", first.down, second.down), mid, _sums("intra", first.intra, second.intra))
+
+
+def _sums(part: str, first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not (first and second):
+        return first or second
+    if len(first) != len(second):
+        raise ValueError(
+            f"The {part} residuals of two controls are {len(first)} and {len(second)} tensors: they are made for "
+            "different kinds of UNet (SD 1.5's has 12 skip connections, SDXL's 9). Use controls of one kind."
+        )
+    return tuple(a + b for a, b in zip(first, second, strict=True))
 
 
 class Stage(nn.Module):
@@ -58,7 +89,7 @@ class Stage(nn.Module):
 class DownBlock(Stage):
     """A level on the way down; every layer's output is kept for the way up."""
 
-    def __init__(self, config: UNetConfig, level: int, in_channels: int, temb_channels: int):
+    def __init__(self, config: DownConfig, level: int, in_channels: int, temb_channels: int):
         super().__init__()
         channels = config.block_out_channels[level]
         layers = config.per_level("layers_per_block")[level]
@@ -97,7 +128,7 @@ class DownBlock(Stage):
 class MidBlock(nn.Module):
     """Resnet, transformer, resnet at the lowest resolution; SSD-1B has one resnet and no transformer."""
 
-    def __init__(self, config: UNetConfig, temb_channels: int):
+    def __init__(self, config: DownConfig, temb_channels: int):
         super().__init__()
         level = len(config.block_out_channels) - 1
         channels = config.block_out_channels[level]
@@ -189,43 +220,6 @@ class UNet2DConditionModel(Model):
         self.conv_out = nn.Conv2d(outputs[0], config.out_channels, 3, padding=1)
         self.image_projections: nn.ModuleList | None = None
 
-    def embed(
-        self,
-        timestep: Tensor | float,
-        batch: int,
-        added_cond_kwargs: Mapping[str, Tensor] | None = None,
-        timestep_cond: Tensor | None = None,
-    ) -> Tensor:
-        """The activated embedding of time (and SDXL's sizes and pooled text, LCM's guidance): (batch, 4 C0).
-
-        Raises:
-            ValueError: SDXL's pooled text or sizes are missing.
-        """
-        config, dtype = self.config, self.dtype
-        timestep = torch.as_tensor(timestep, device=self.device).reshape(-1).expand(batch)
-        frequencies = timestep_embedding(
-            timestep,
-            config.block_out_channels[0],
-            flip_sin_to_cos=config.flip_sin_to_cos,
-            freq_shift=config.freq_shift,
-        )
-        temb = self.time_embedding(frequencies.to(dtype), timestep_cond)
-        if config.addition_embed_type == "text_time":
-            added = added_cond_kwargs or {}
-            if "text_embeds" not in added or "time_ids" not in added:
-                raise ValueError(
-                    "This UNet is of SDXL's kind: added_cond_kwargs must hold text_embeds (N, D) and time_ids (N, 6); "
-                    f"got {sorted(added) or 'nothing'}."
-                )
-            sizes = timestep_embedding(
-                added["time_ids"].flatten(),
-                config.addition_time_embed_dim or 0,
-                flip_sin_to_cos=config.flip_sin_to_cos,
-                freq_shift=config.freq_shift,
-            ).reshape(added["text_embeds"].shape[0], -1)
-            temb = temb + self.add_embedding(torch.cat([added["text_embeds"], sizes], dim=-1).to(dtype))
-        return F.silu(temb)
-
     def forward(
         self,
         sample: Tensor,
@@ -259,7 +253,7 @@ class UNet2DConditionModel(Model):
         """
         down, mid, intra = residuals or Residuals()
         context = self._context(encoder_hidden_states, image_tokens)
-        temb = self.embed(timestep, sample.shape[0], added_cond_kwargs, timestep_cond)
+        temb = embed(self, timestep, sample.shape[0], added_cond_kwargs, timestep_cond)
         x = self.conv_in(sample)
         skips = [x]
         for i, block in enumerate(self.down_blocks):
@@ -290,7 +284,45 @@ class UNet2DConditionModel(Model):
         return Prompts(text, tuple(image_tokens))
 
 
-def _transformer(config: UNetConfig, level: int, depth: int) -> Transformer2DModel:
+def embed(
+    network: UNet2DConditionModel | ControlNetModel,
+    timestep: Tensor | float,
+    batch: int,
+    added_cond_kwargs: Mapping[str, Tensor] | None = None,
+    timestep_cond: Tensor | None = None,
+) -> Tensor:
+    """The activated embedding of time (and SDXL's sizes and pooled text, LCM's guidance): (batch, 4 C0).
+
+    Raises:
+        ValueError: SDXL's pooled text or sizes are missing.
+    """
+    config, dtype = network.config, network.dtype
+    timestep = torch.as_tensor(timestep, device=network.device).reshape(-1).expand(batch)
+    frequencies = timestep_embedding(
+        timestep,
+        config.block_out_channels[0],
+        flip_sin_to_cos=config.flip_sin_to_cos,
+        freq_shift=config.freq_shift,
+    )
+    temb = network.time_embedding(frequencies.to(dtype), timestep_cond)
+    if config.addition_embed_type == "text_time":
+        added = added_cond_kwargs or {}
+        if "text_embeds" not in added or "time_ids" not in added:
+            raise ValueError(
+                f"This {type(network).__name__} is of SDXL's kind: added_cond_kwargs must hold text_embeds (N, D) and "
+                f"time_ids (N, 6); got {sorted(added) or 'nothing'}."
+            )
+        sizes = timestep_embedding(
+            added["time_ids"].flatten(),
+            config.addition_time_embed_dim or 0,
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        ).reshape(added["text_embeds"].shape[0], -1)
+        temb = temb + network.add_embedding(torch.cat([added["text_embeds"], sizes], dim=-1).to(dtype))
+    return F.silu(temb)
+
+
+def _transformer(config: DownConfig, level: int, depth: int) -> Transformer2DModel:
     heads = config.per_level("num_attention_heads" if config.num_attention_heads else "attention_head_dim")[level]
     return Transformer2DModel(
         config.block_out_channels[level],
@@ -303,7 +335,7 @@ def _transformer(config: UNetConfig, level: int, depth: int) -> Transformer2DMod
     )
 
 
-def _transformers(config: UNetConfig, block_type: str, level: int, depths: tuple[int, ...]) -> nn.ModuleList | None:
+def _transformers(config: DownConfig, block_type: str, level: int, depths: tuple[int, ...]) -> nn.ModuleList | None:
     if not block_type.startswith("CrossAttn"):
         return None
     return nn.ModuleList(_transformer(config, level, depth) for depth in depths)
@@ -315,7 +347,7 @@ def _depths(published: Any, position: int, layers: int) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,) * layers
 
 
-def _down_depths(config: UNetConfig) -> list[tuple[int, ...]]:
+def _down_depths(config: DownConfig) -> list[tuple[int, ...]]:
     layers = config.per_level("layers_per_block")
     return [_depths(config.transformer_layers_per_block, i, layers[i]) for i in range(len(layers))]
 
