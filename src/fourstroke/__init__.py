@@ -27,6 +27,7 @@ _EXPORTS = {
     "GenerateResult": "request",
     "LCMScheduler": "schedulers",
     "LatentConsistencyModelPipeline": "pipelines.stable_diffusion",
+    "MotionAdapter": "models.motion",
     "StableDiffusionPipeline": "pipelines.stable_diffusion",
     "StableDiffusionXLPipeline": "pipelines.stable_diffusion",
     "TCDScheduler": "schedulers",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .config import UnsupportedConfig
     from .engine import Engine
     from .models.clip import CLIPTextModel, CLIPTextModelWithProjection
+    from .models.motion import MotionAdapter
     from .models.unet import UNet2DConditionModel
     from .models.vae import AutoencoderKL
     from .models.vae_tiny import AutoencoderTiny

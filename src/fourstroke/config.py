@@ -269,6 +269,58 @@ class ControlNetConfig(Config):
 
 
 @dataclass(frozen=True)
+class MotionAdapterConfig(Config):
+    """Configuration of `MotionAdapter`; the defaults are those of AnimateDiff's second version, for SD 1.5.
+
+    ``motion_max_seq_length`` is the number of frames that it has positions for. Published values that are one number
+    hold for every level, or for every layer of the mid block.
+    """
+
+    class_name: ClassVar[str] = "MotionAdapter"
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "conv_in_channels": (None,),
+        "motion_activation_fn": ("geglu",),
+        "motion_attention_bias": (False,),
+        "motion_cross_attention_dim": (None,),
+    }
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    motion_layers_per_block: int | tuple[int, ...] = 2
+    motion_transformer_layers_per_block: int | tuple[int, ...] = 1
+    motion_mid_block_layers_per_block: int = 1
+    motion_transformer_layers_per_mid_block: int | tuple[int, ...] = 1
+    motion_num_attention_heads: int | tuple[int, ...] = 8
+    motion_norm_num_groups: int = 32
+    motion_max_seq_length: int = 32
+    use_motion_mid_block: bool = True
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        for name, count in (
+            ("motion_layers_per_block", levels),
+            ("motion_transformer_layers_per_block", levels),
+            ("motion_num_attention_heads", levels),
+            ("motion_transformer_layers_per_mid_block", self.motion_mid_block_layers_per_block),
+        ):
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,) * count
+            if len(values) != count or not all(isinstance(item, int) for item in values):
+                raise UnsupportedConfig(
+                    f"MotionAdapter: {name} is {value!r}; it must be one integer, or {count} of them."
+                )
+
+    def per_level(self, name: str) -> tuple[int, ...]:
+        """The field ``name`` as one value a level, down the network."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    def mid_depths(self) -> tuple[int, ...]:
+        """Number of transformer blocks of each motion module in the mid block."""
+        value = self.motion_transformer_layers_per_mid_block
+        return value if isinstance(value, tuple) else (value,) * self.motion_mid_block_layers_per_block
+
+
+@dataclass(frozen=True)
 class AutoencoderKLConfig(Config):
     """Configuration of `AutoencoderKL`. ``scaling_factor`` is 1 / (standard deviation of the latents)."""
 

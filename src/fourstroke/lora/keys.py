@@ -29,6 +29,10 @@ PREFIXES: tuple[tuple[str, str | None], ...] = (
 """Start of a key -> component; None: the component is the one that has such a module."""
 
 RENAMES: tuple[tuple[str, str], ...] = (
+    (r"^module\.", ""),
+    (r"\.temporal_transformer\.", "."),
+    (r"\.attention_blocks\.0\.", ".attn1."),
+    (r"\.attention_blocks\.1\.", ".attn2."),
     (r"\.processor\.", "."),
     (r"\.to_([qkv])_lora\.", r".to_\1.lora."),
     (r"\.to_out_lora\.", ".to_out.0.lora."),
@@ -37,7 +41,7 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"\.self_attn\.to_([qkv])\.", r".self_attn.\1_proj."),
     (r"\.self_attn\.to_out\.0\.", ".self_attn.out_proj."),
 )
-"""Spellings of old diffusers files, in order, for keys with dots."""
+"""Spellings of AnimateDiff's and old diffusers' files, in order, for keys with dots."""
 
 _ADAPTER = r"(?:\.[^.]+)?"  # peft may put the adapter's name into the key
 SUFFIXES: tuple[tuple[str, str, str | None], ...] = (
@@ -256,9 +260,10 @@ def guess_family(modules: Mapping[tuple[str, str], int | None]) -> str:
     """Tell the model family from (component, module name) -> input width, of a LoRA or of a model.
 
     Stable Diffusion 1.5, 2.x and SDXL differ in the width of the text states; SSD-1B is an SDXL with shorter
-    transformers and no attention in the middle block.
+    transformers and no attention in the middle block. Motion modules, which see no text, tell nothing.
     """
     names = {(component, module.replace(".", "_")): width for (component, module), width in modules.items()}
+    names = {place: width for place, width in names.items() if "motion_modules" not in place[1]}
     for pattern, architecture in ARCHITECTURES:
         if any(re.search(pattern, module) for _, module in modules):
             return architecture

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ControlNetConfig, UNetConfig
-from ..loading import Model
+from ..config import ControlNetConfig, UNetConfig, config_to_dict
+from ..loading import CONFIG_NAME, WEIGHT_STEMS, Model, save_tensors, weight_name, write_json
 from .layers import (
     Context,
     Downsample2D,
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 DownConfig: TypeAlias = UNetConfig | ControlNetConfig
 """What the way down and the middle are built from: a control network is a copy of these."""
+
+_ATTACHED = re.compile(r"\.motion_modules\.|\.attn2\.image\.|^image_projections\.")
+"""Names of tensors that other networks have put into the UNet's slots."""
 
 
 class Residuals(NamedTuple):
@@ -220,6 +226,15 @@ class UNet2DConditionModel(Model):
         self.conv_out = nn.Conv2d(outputs[0], config.out_channels, 3, padding=1)
         self.image_projections: nn.ModuleList | None = None
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, variant: str | None = None, stem: str = WEIGHT_STEMS[0]
+    ) -> None:
+        """As `Model.save_pretrained`, without attached motion modules and IP-Adapters, which have their own files."""
+        own = {name: tensor for name, tensor in self.state_dict().items() if not _ATTACHED.search(name)}
+        folder = Path(save_directory)
+        write_json(folder / CONFIG_NAME, config_to_dict(self.config))
+        save_tensors(folder / weight_name(stem, variant), own, metadata={"format": "pt"})
+
     def forward(
         self,
         sample: Tensor,
@@ -249,7 +264,8 @@ class UNet2DConditionModel(Model):
             (N, out_channels, h, w) in the dtype of the parameters.
 
         Raises:
-            ValueError: SDXL's second conditioning is missing, or there are not as many image tokens as IP-Adapters.
+            ValueError: SDXL's second conditioning is missing, or there are not as many image tokens as IP-Adapters; or
+                ``frames`` is more than an attached motion adapter has positions for, or N is no multiple of it.
         """
         down, mid, intra = residuals or Residuals()
         context = self._context(encoder_hidden_states, image_tokens)
