@@ -321,6 +321,26 @@ class MotionAdapterConfig(Config):
 
 
 @dataclass(frozen=True)
+class T2IAdapterConfig(Config):
+    """Configuration of `T2IAdapter`. A light adapter has one level more than ``channels``, of the last one's width."""
+
+    class_name: ClassVar[str] = "T2IAdapter"
+
+    in_channels: int = 3
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    num_res_blocks: int = 2
+    downscale_factor: int = 8
+    adapter_type: str = "full_adapter"
+
+    def __post_init__(self) -> None:
+        _one_of(self, "adapter_type", ("full_adapter", "full_adapter_xl", "light_adapter"))
+        if self.adapter_type == "full_adapter_xl" and len(set(self.channels[2:])) > 1:
+            raise UnsupportedConfig(
+                f"T2IAdapter: channels is {self.channels}; those of a full_adapter_xl must be equal from the third on."
+            )
+
+
+@dataclass(frozen=True)
 class AutoencoderKLConfig(Config):
     """Configuration of `AutoencoderKL`. ``scaling_factor`` is 1 / (standard deviation of the latents)."""
 
