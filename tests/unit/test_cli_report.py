@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 import fourstroke
 from fourstroke import StableDiffusionPipeline, hub
+from fourstroke.lora import recommended
 
 from .test_cli_generate import assert_one_line, generate, here, run, tiny, write_lora  # noqa: F401 - fixtures
 
@@ -109,7 +111,7 @@ def test_inspect_a_pipeline(tiny: str) -> None:  # noqa: F811
     assert facts["components"]["scheduler"]["class"] == "DDIMScheduler"
     assert facts["components"]["scheduler"]["parameters"] == 0
     assert "safety_checker" not in facts["components"]
-    assert facts["settings"] == {"requires_safety_checker": False}
+    assert facts["settings"] == {"requires_safety_checker": False} and facts["recommended"] is None
     rows = shown("inspect", tiny)
     assert rows["kind"] == "StableDiffusionPipeline"
     assert rows["tokenizer"] == "CLIPTokenizer"
@@ -151,6 +153,7 @@ def write_kohya(path: Path) -> Path:
     module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     metadata = {
         "ss_sd_model_name": "base.safetensors",
+        "modelspec.author": "somebody",
         "ss_tag_frequency": json.dumps({"1_fox": {"red fox": 9, "snow": 3}}),
     }
     save_file({f"{module}.{name}": tensor.half() for name, tensor in numbers.items()}, path, metadata)
@@ -168,14 +171,15 @@ def test_inspect_a_lora(here: Path) -> None:  # noqa: F811
         "kind": "lora",
         "family": "SD 1.5",
         "dialect": "kohya",
-        "formulas": ["lora"],
+        "kinds": ["lora"],
+        "fits": ["stable-diffusion-v1-5/stable-diffusion-v1-5"],
         "rank": 8,
         "ranks": [8],
         "alpha": 4.0,
         "alphas": [4.0],
         "base_model": "base.safetensors",
         "trigger_words": ["red fox", "snow"],
-        "recipe": None,
+        "recommended": None,
         "unknown_keys": [],
         "parameters": 8 * 768 + 320 * 8 + 1,
         "bytes": path.stat().st_size,
@@ -184,17 +188,48 @@ def test_inspect_a_lora(here: Path) -> None:  # noqa: F811
     rows = shown("inspect", path)
     assert rows["kind"] == "LoRA (lora)" and rows["family"] == "SD 1.5" and rows["rank"] == "8"
     assert rows["alpha"] == "4" and rows["targets"] == "unet (1 modules)"
-    assert rows["trigger words"] == "red fox, snow"
+    assert rows["trigger words"] == "red fox, snow" and rows["trained on"] == "base.safetensors"
+    assert rows["made for"] == "stable-diffusion-v1-5/stable-diffusion-v1-5" and rows["author"] == "somebody"
     assert "run with" not in rows and "unknown keys" not in rows
 
 
-def test_inspect_tells_how_to_run_a_few_step_lora(here: Path) -> None:  # noqa: F811
-    write_kohya(here / "Hyper-SD15-1step-lora.safetensors")
-    facts = told("inspect", "Hyper-SD15-1step-lora.safetensors")
-    assert (facts["recipe"]["scheduler"], facts["recipe"]["steps"]) == ("TCDScheduler", 1)
-    line = shown("inspect", "Hyper-SD15-1step-lora.safetensors")["run with"]
-    assert "--lora Hyper-SD15-1step-lora.safetensors:1" in line
-    assert "--scheduler tcd --steps 1 --guidance 1" in line
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        (
+            "Hyper-SD15-1step-lora",
+            "Hyper-SD: --lora {}.safetensors --scheduler tcd --steps 1 --guidance 1 --eta 1",
+        ),
+        (
+            "sdxl_lightning_8step_lora",
+            "SDXL-Lightning: --lora {}.safetensors --scheduler euler --steps 8 --guidance 1 "
+            "(and timestep_spacing=trailing)",
+        ),
+        (
+            "AnimateLCM_sd15_t2v_lora",
+            "AnimateLCM: --lora {}.safetensors:0.8 --scheduler lcm --steps 6 --guidance 2 (and beta_schedule=linear)",
+        ),
+        (
+            "dmd2_sdxl_4step_lora",
+            "DMD2: --lora {}.safetensors --scheduler lcm --steps 4 --guidance 1 (and timesteps=(999, 749, 499, 249))",
+        ),
+    ],
+)
+def test_inspect_tells_how_to_run_a_few_step_lora(here: Path, file: str, line: str) -> None:  # noqa: F811
+    path = write_kohya(here / f"{file}.safetensors")
+    told_ = told("inspect", path.name)["recommended"]
+    assert told_ == json.loads(json.dumps(dataclasses.asdict(recommended(path))))
+    assert shown("inspect", path.name)["run with"] == line.format(file)
+
+
+def test_inspect_tells_how_to_run_a_few_step_model(tiny: str, here: Path) -> None:  # noqa: F811
+    path = write_checkpoint(here / "sd_xl_turbo.safetensors")
+    line = "Turbo: --model {} --scheduler euler-a --steps 1 --guidance 1 (and timestep_spacing=trailing)"
+    assert told("inspect", path.name)["recommended"]["scheduler"] == "EulerAncestralDiscreteScheduler"
+    assert shown("inspect", path.name)["run with"] == line.format(path.name)
+    shutil.copytree(tiny, here / "sd-turbo")
+    assert told("inspect", "sd-turbo")["recommended"]["method"] == "Turbo"
+    assert shown("inspect", "sd-turbo")["run with"] == line.format("sd-turbo")
 
 
 def test_metadata_cannot_steer_the_terminal(here: Path) -> None:  # noqa: F811
@@ -236,6 +271,7 @@ def test_inspect_a_checkpoint(here: Path) -> None:  # noqa: F811
         "bytes": path.stat().st_size,
         "dtypes": ["float16"],
         "metadata": {"modelspec.title": "Foxes", "modelspec.prediction_type": "epsilon"},
+        "recommended": None,
     }
     rows = shown("inspect", path)
     assert rows["family"] == "sd15" and rows["title"] == "Foxes"

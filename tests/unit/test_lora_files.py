@@ -366,7 +366,8 @@ def test_inspection_of_a_kohya_file(tmp_path: Path) -> None:
     assert {part: len(modules) for part, modules in info.targets.items()} == {"unet": 2, "text_encoder": 1}
     assert info.num_parameters == sum(t.numel() for t in tensors.values()) - 1
     assert info.trigger_words == ("a cat", "blue", "red")
-    assert info.base_model == "sd_v1" and info.recipe is None and info.unknown_keys == ()
+    assert info.fits == ("stable-diffusion-v1-5/stable-diffusion-v1-5",)
+    assert info.base_model == "sd_v1" and info.recommended is None and info.unknown_keys == ()
 
 
 def test_inspection_reads_peft_s_settings_and_names_strange_keys(tmp_path: Path) -> None:
@@ -420,52 +421,20 @@ def test_families_of_models() -> None:
     assert guess_family(model_modules({"unet": unet(xl=True)})) == "SDXL"
 
 
-RECIPES = {
-    "pytorch_lora_weights": None,
-    "lcm-lora-sdxl": ("LCM-LoRA", "LCMScheduler", 4, 1.0),
-    "sdxl_lightning_8step_lora": ("SDXL-Lightning", "EulerDiscreteScheduler", 8, 0.0),
-    "Hyper-SDXL-1step-lora": ("Hyper-SD", "TCDScheduler", 1, 0.0),
-    "Hyper-SD15-8steps-lora": ("Hyper-SD", "DDIMScheduler", 8, 0.0),
-    "Hyper-SDXL-12steps-CFG-lora": ("Hyper-SD (CFG preserved)", "DDIMScheduler", 12, 5.0),
-    "TCD-SD15-LoRA": ("TCD", "TCDScheduler", 4, 0.0),
-    "pcm_sd15_smallcfg_2step_converted": ("PCM", "TCDScheduler", 2, 1.5),
-    "dmd2_sdxl_4step_lora_fp16": ("DMD2", "LCMScheduler", 4, 0.0),
-    "AnimateLCM_sd15_t2v_lora": ("AnimateLCM", "LCMScheduler", 6, 2.0),
-}
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_few_step_adapters_are_known_by_name(name: str, tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    save_file(halves(), tmp_path / "x" / f"{name}.safetensors")
-    recipe = inspect_lora(tmp_path / "x" / f"{name}.safetensors").recipe
-    found = recipe and (recipe.method, recipe.scheduler, recipe.steps, recipe.guidance_scale)
-    assert found == RECIPES[name]
-
-
-def test_few_step_adapters_are_known_in_the_hub_s_cache(tmp_path: Path) -> None:
-    path = (
-        tmp_path
-        / "models--latent-consistency--lcm-lora-sdxl"
-        / "snapshots"
-        / "0123"
-        / "pytorch_lora_weights.safetensors"
-    )
-    path.parent.mkdir(parents=True)
-    save_file(halves(), path)
-    recipe = inspect_lora(path).recipe
-    assert recipe is not None and recipe.method == "LCM-LoRA"
-
-
-def test_few_step_adapters_are_known_by_repository_and_header(tmp_path: Path) -> None:
-    path = tmp_path / "pytorch_lora_weights.safetensors"
-    save_file(halves(), path)
-    assert inspect_lora(path).recipe is None
-    by_name = inspect_lora(path, name="latent-consistency/lcm-lora-sdv1-5").recipe
-    assert by_name is not None and by_name.scheduler == "LCMScheduler"
-    save_file(halves(), path, {"modelspec.title": "emoji LCM-LoRA", "modelspec.trigger_phrase": "emoji, flat"})
-    info = inspect_lora(path)
-    assert info.recipe is not None and info.recipe.method == "LCM-LoRA" and info.trigger_words == ("emoji", "flat")
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"modelspec.trigger_phrase": "emoji, flat"}, ("emoji", "flat")),
+        ({"ss_trigger_words": "a fox"}, ("a fox",)),
+        ({"ss_trained_words": '["a fox", "snow"]'}, ("a fox", "snow")),
+        ({"ss_trained_words": "fox,", "ss_tag_frequency": '{"1_x": {"tag": 3}}'}, ("fox",)),
+        ({"ss_tag_frequency": '{"1_x": {"b": 3, " a ": 5}, "2_y": {"b": 3}}'}, ("b", "a")),
+        ({}, ()),
+    ],
+)
+def test_trigger_words(metadata: dict[str, str], words: tuple[str, ...], tmp_path: Path) -> None:
+    save_file(halves(), tmp_path / "a.safetensors", metadata)
+    assert inspect_lora(tmp_path / "a.safetensors").trigger_words == words
 
 
 @pytest.mark.parametrize("tags", ["{", "[]", '{"a": 1}', '{"a": {"b": "many"}}'])

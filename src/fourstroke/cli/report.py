@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
-import json
 import math
 import os
 import platform
 import shutil
-import struct
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import hub
 from .console import did_you_mean, one_line
 from .output import SUFFIXES, parameters_text, read_settings
+
+if TYPE_CHECKING:
+    from ..lora import LoraInfo, Settings
+    from ..single_file import SingleFile
 
 INDEX_NAME, CONFIG_NAME, WEIGHTS = "model_index.json", "config.json", ".safetensors"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
@@ -52,9 +55,9 @@ def is_lora(folder: Path) -> bool:
 def kind_of(folder: Path) -> str:
     """The published class of what is in ``folder``, ``LoRA``, or ``unknown``."""
     if is_pipeline(folder):
-        return _read_json(folder / INDEX_NAME).get("_class_name") or "pipeline"
+        return hub.read_json(folder / INDEX_NAME).get("_class_name") or "pipeline"
     if (folder / CONFIG_NAME).is_file():
-        config = _read_json(folder / CONFIG_NAME)
+        config = hub.read_json(folder / CONFIG_NAME)
         return config.get("_class_name") or next(iter(config.get("architectures") or ()), "network")
     return "LoRA" if is_lora(folder) else "unknown"
 
@@ -150,7 +153,7 @@ def _picture(path: Path) -> Facts | None:
 
 def _folder(folder: Path, name: str) -> Facts:
     if is_pipeline(folder):
-        return _pipeline(folder)
+        return _pipeline(folder, name)
     if (folder / CONFIG_NAME).is_file():
         return {"kind": "network", "class": kind_of(folder), **weights_in(folder)}
     from ..pipelines.components import lora_file
@@ -158,8 +161,10 @@ def _folder(folder: Path, name: str) -> Facts:
     return _weights(lora_file(name, None, None, {}), name)
 
 
-def _pipeline(folder: Path) -> Facts:
-    index = _read_json(folder / INDEX_NAME)
+def _pipeline(folder: Path, name: str) -> Facts:
+    from ..lora import recommended
+
+    index = hub.read_json(folder / INDEX_NAME)
     components = {
         name: {"class": entry[1], **weights_in(folder / name)}
         for name, entry in index.items()
@@ -175,6 +180,7 @@ def _pipeline(folder: Path) -> Facts:
         "settings": {
             name: value for name, value in index.items() if not isinstance(value, list) and not name.startswith("_")
         },
+        "recommended": _settings(recommended(name)),
     }
 
 
@@ -187,34 +193,18 @@ def weights_in(folder: Path) -> Facts:
 
 
 def _count(files: Iterable[Path]) -> Facts:
+    from ..loading import open_tensors
+
     dtypes: Counter[str] = Counter()
-    parameters = size = 0
+    size = 0
     for path in files:
-        tensors = read_header(path)
+        file = open_tensors(path)
         size += path.stat().st_size
-        for entry in tensors.values():
-            number = math.prod(entry["shape"])
-            parameters += number
-            dtypes[DTYPES.get(entry["dtype"], str(entry["dtype"]))] += number
-    return {"parameters": parameters, "bytes": size, "dtypes": [name for name, _ in dtypes.most_common()]}
-
-
-def read_header(path: Path) -> Mapping[str, Facts]:
-    """The tensors of a .safetensors file: name -> ``dtype`` (as written there), ``shape``, ``data_offsets``.
-
-    Raises:
-        ValueError: it is not such a file.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            return header
-    except (struct.error, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a readable .safetensors file ({error}); download it again.") from None
+        for key in file.keys():  # noqa: SIM118 - no mapping
+            tensor = file.get_slice(key)
+            dtype = str(tensor.get_dtype())
+            dtypes[DTYPES.get(dtype, dtype)] += math.prod(tensor.get_shape())
+    return {"parameters": dtypes.total(), "bytes": size, "dtypes": [name for name, _ in dtypes.most_common()]}
 
 
 def _weights(path: Path, name: str) -> Facts:
@@ -232,31 +222,24 @@ def _weights(path: Path, name: str) -> Facts:
     return _checkpoint(file, family)
 
 
-def _lora(found: Any) -> Facts:
-    recipe = None
-    if found.recipe is not None:
-        recipe = {
-            name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(found.recipe).items()
-        }
-    return {
-        "kind": "lora",
-        "family": found.family,
-        "dialect": found.dialect,
-        "formulas": list(found.kinds),
-        "rank": found.rank,
-        "ranks": list(found.ranks),
-        "alpha": found.alpha,
-        "alphas": list(found.alphas),
-        "targets": {component: list(modules) for component, modules in found.targets.items()},
-        "base_model": found.base_model,
-        "trigger_words": list(found.trigger_words),
-        "recipe": recipe,
-        "unknown_keys": list(found.unknown_keys),
-        "metadata": dict(found.metadata),
-    }
+# Attributes of `LoraInfo`, as JSON tells them.
+OF_A_LORA = (
+    *("family", "fits", "dialect", "kinds", "rank", "ranks", "alpha", "alphas", "targets"),
+    *("base_model", "trigger_words", "unknown_keys", "metadata"),
+)
 
 
-def _checkpoint(file: Any, family: str) -> Facts:
+def _lora(found: LoraInfo) -> Facts:
+    facts = {name: getattr(found, name) for name in OF_A_LORA}
+    return {"kind": "lora", **facts, "recommended": _settings(found.recommended)}
+
+
+def _settings(recommended: Settings | None) -> Facts | None:
+    return None if recommended is None else dataclasses.asdict(recommended)
+
+
+def _checkpoint(file: SingleFile, family: str) -> Facts:
+    from ..lora import recommended
     from ..single_file import infer_prediction_type
     from ..single_file.layout import PLACES, find_place
 
@@ -273,6 +256,7 @@ def _checkpoint(file: Any, family: str) -> Facts:
         "components": components,
         **_count([file.path]),
         "metadata": dict(file.metadata),
+        "recommended": _settings(recommended(file.path.absolute(), file.metadata)),
     }
 
 
@@ -291,28 +275,41 @@ def show_description(facts: Facts) -> None:
 def _show_lora(facts: Facts) -> Facts:
     targets = ", ".join(f"{component} ({len(modules)} modules)" for component, modules in facts["targets"].items())
     return {
-        "kind": f"LoRA ({' + '.join(facts['formulas'])})",
+        "kind": f"LoRA ({' + '.join(facts['kinds'])})",
         "family": facts["family"],
+        "made for": " or ".join(facts["fits"]),
         "dialect": facts["dialect"],
         "rank": ", ".join(map(str, facts["ranks"])),
         "alpha": ", ".join(f"{alpha:g}" for alpha in facts["alphas"]) or "none (scale 1)",
         "targets": targets,
-        "base model": facts["base_model"],
+        "trained on": facts["base_model"],
         "trigger words": ", ".join(facts["trigger_words"]),
-        "run with": _command(facts["name"], facts["recipe"]) if facts["recipe"] else None,
+        "run with": _command(f"--lora {facts['name']}", facts["recommended"]),
         "unknown keys": ", ".join(facts["unknown_keys"][:8]),
+        **_told(facts["metadata"], "title", "author", "license", "usage_hint"),
     }
 
 
-def _command(name: str, recipe: Facts) -> str:
+def _told(metadata: Mapping[str, str], *names: str) -> Facts:
+    """What a header says of its file, by https://github.com/Stability-AI/ModelSpec."""
+    return {name.replace("_", " "): metadata.get(f"modelspec.{name}") for name in names}
+
+
+def _command(what: str, settings: Facts | None) -> str | None:
+    """How to run what ``--lora`` or ``--model`` names, and what no option says."""
     from .options import SAMPLERS
 
-    sampler = next((short for short, sampler in SAMPLERS.items() if sampler.scheduler == recipe["scheduler"]), None)
-    options = [f"--lora {name}:{recipe['weight']:g}", f"--scheduler {sampler}"]
-    options += [f"--steps {recipe['steps']}", f"--guidance {max(recipe['guidance_scale'], 1.0):g}"]
-    more = {**recipe["scheduler_options"], **recipe["call_options"]}
+    if settings is None:
+        return None
+    sampler = next(short for short, sampler in SAMPLERS.items() if sampler.scheduler == settings["scheduler"])
+    weight = f":{settings['weight']:g}" if what.startswith("--lora") and settings["weight"] != 1 else ""
+    eta = f" --eta {settings['eta']:g}" if settings["eta"] else ""
+    more = {**settings["scheduler_options"], **({"timesteps": settings["timesteps"]} if settings["timesteps"] else {})}
     extra = f" (and {', '.join(f'{key}={value}' for key, value in more.items())})" if more else ""
-    return f"{recipe['method']}: {' '.join(options)}{extra}"
+    return (
+        f"{settings['method']}: {what}{weight} --scheduler {sampler} --steps {settings['num_inference_steps']} "
+        f"--guidance {settings['guidance_scale']:g}{eta}{extra}"
+    )
 
 
 def _show_checkpoint(facts: Facts) -> Facts:
@@ -322,15 +319,13 @@ def _show_checkpoint(facts: Facts) -> Facts:
         "family": facts["family"],
         "prediction": facts["prediction_type"],
         "holds": ", ".join(f"{name} ({_number(part['parameters'])})" for name, part in parts),
-        **{key.removeprefix("modelspec."): facts["metadata"].get(key) for key in _TOLD},
+        "run with": _command(f"--model {facts['name']}", facts["recommended"]),
+        **_told(facts["metadata"], "title", "author", "license", "trigger_phrase"),
     }
 
 
-_TOLD = ("modelspec.title", "modelspec.author", "modelspec.license", "modelspec.trigger_phrase")
-
-
 def _show_pipeline(facts: Facts) -> Facts:
-    rows: Facts = {"kind": facts["class"]}
+    rows: Facts = {"kind": facts["class"], "run with": _command(f"--model {facts['name']}", facts["recommended"])}
     for name, part in facts["components"].items():
         size = f", {_number(part['parameters'])}, {_dtypes(part)}" if part["parameters"] else ""
         rows[name] = part["class"] + size
@@ -463,11 +458,3 @@ def _number(count: int) -> str:
 
 def _dtypes(facts: Facts) -> str:
     return ", ".join(facts["dtypes"]) or "no weights here"
-
-
-def _read_json(path: Path) -> Facts:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again.") from None
-    return data if isinstance(data, dict) else {}

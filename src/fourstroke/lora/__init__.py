@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .few_step import Settings, recommended
 from .info import LoraInfo, inspect_lora
 from .merge import AdapterSet, merge_weight
 from .pairs import AdapterWeights, Diff, Dora, LoHa, LoKr, LoraError, LoraPair
@@ -19,8 +20,10 @@ __all__ = [
     "LoraError",
     "LoraInfo",
     "LoraPair",
+    "Settings",
     "inspect_lora",
     "merge_weight",
     "read_lora",
+    "recommended",
     "save_lora",
 ]

