@@ -12,7 +12,7 @@ from typing import Any
 
 from ..loading import listed, open_tensors
 from .few_step import Settings, recommended
-from .keys import component_of, guess_family, parse_key, unsupported_kind
+from .keys import OR, component_of, guess_family, parse_key, unsupported_kind
 from .pairs import LoraError
 from .reading import input_width, peft_alpha, peft_settings, read_header
 
@@ -71,7 +71,7 @@ class LoraInfo:
     @property
     def fits(self) -> tuple[str, ...]:
         """Hub ids of the models whose family the LoRA is for; they and their fine-tunes can take it."""
-        return tuple(BASES[family] for family in self.family.split(" or ") if family in BASES)
+        return tuple(BASES[family] for family in self.family.split(OR) if family in BASES)
 
 
 def inspect_lora(path: str | os.PathLike[str], *, name: str | None = None) -> LoraInfo:

@@ -83,6 +83,9 @@ ARCHITECTURES: tuple[tuple[str, str], ...] = (
 )
 """Module names that tell another kind of model altogether."""
 
+OR = " or "
+"""Between the names of families that a LoRA may be of."""
+
 LDM_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -293,17 +296,17 @@ def component_of(module: str) -> str:
 
 def _text_family(names: Mapping[tuple[str, str], int | None]) -> str:
     if any(component == "text_encoder_2" for component, _ in names):
-        return "SDXL"
+        return f"SDXL{OR}SSD-1B"
     width = next((width for (_, name), width in names.items() if width and name.endswith("q_proj")), None)
     return "SD 2.x" if width == 1024 else "unknown"  # 768 is SD 1.5's encoder and SDXL's first one
 
 
 def _xl_family(names: Iterable[str]) -> str:
     names = list(names)
-    if any(re.search(r"mid_block_attentions|middle_block_1_", name) for name in names):
+    if any(re.search(r"mid_block_attentions_\d|middle_block_1_", name) for name in names):
         return "SDXL"
     pattern = r"(?:down_blocks_2_attentions_[01]|input_blocks_[78]_1)_transformer_blocks_(\d+)"
     deepest = max((int(match[1]) for name in names if (match := re.search(pattern, name))), default=None)
     if deepest is None:
-        return "SDXL or SSD-1B"
+        return f"SDXL{OR}SSD-1B"
     return "SDXL" if deepest > 3 else "SSD-1B"

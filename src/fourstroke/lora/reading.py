@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..loading import listed, open_tensors
 from .keys import (
+    OR,
     Key,
     component_of,
     guess_family,
@@ -49,7 +50,8 @@ def read_lora(
 
     Raises:
         LoraError: keys that mean nothing, name no module, do not fit in shape, lack their other half, or hold NaN or
-            infinity. One message lists them all, and names both model families when the LoRA is for another one.
+            infinity. One message lists them all; when the LoRA is for another family, it names both families, and of
+            many keys the first.
         WeightError, ValueError: the file is broken, or a pickle.
 
     Warns:
@@ -175,12 +177,15 @@ class _Reader:
         """One message for everything that is wrong or strange; empty when nothing is."""
         theirs, ours = guess_family(self.modules), guess_family(model_modules(self.models))
         parts = []
-        if "unknown" not in (theirs, ours) and ours not in theirs:
+        foreign = "unknown" not in (theirs, ours) and not {*theirs.split(OR)} & {*ours.split(OR)}
+        if foreign:
             parts.append(f"it was made for {theirs}, the model is {ours}; use a LoRA of the model's family")
         if self.twice:
             parts.append(f"{self.twice} modules come under two names; the diffusers names are used")
         for what, keys in self.problems.items():
-            parts.append(f"keys that {what} ({len(keys)}): {listed(keys)}" if keys else what)
+            # Of another family nearly every key is wrong, and one says as much as twenty.
+            names = f"such as {keys[0]}" if foreign and len(keys) > 3 else listed(keys)
+            parts.append(f"keys that {what} ({len(keys)}): {names}" if keys else what)
         return "; ".join(parts)
 
 
