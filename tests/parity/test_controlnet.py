@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fourstroke.config import ControlNetConfig, UnsupportedConfig, config_from_dict, config_to_dict
 from fourstroke.loading import WeightError
-from fourstroke.models.controlnet import ControlNetModel, MultiControlNetModel, guess_scales
+from fourstroke.models.controlnet import ControlNetModel, MultiControlNetModel, control_config, guess_scales
 from fourstroke.models.unet import Residuals, UNet2DConditionModel, add_residuals
+from fourstroke.single_file import config_folder, load, load_controlnet_file, load_unet_file
+from fourstroke.single_file.layout import translator
 
+from . import original_layout as original
 from .oracles import UNETS, assert_close, randomise, unet_inputs
 
 EMBEDDING = {"conditioning_embedding_out_channels": (4, 8, 8, 12)}
@@ -339,6 +345,123 @@ def test_several_explain_themselves(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"controlnet_1 would be read as one more ControlNet; remove it"):
         MultiControlNetModel([net]).save_pretrained(tmp_path / "controlnet")
     assert [path.name for path in tmp_path.iterdir()] == ["controlnet_1"], "nothing was written"
+
+
+# Single files.
+
+
+def original_names(family: str, w: original.Widths) -> original.Shapes:
+    """``cldm.ControlNet``: the UNet's way down, a convolution after each block, and the embedding of the hint."""
+    parts = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
+    found = {name: shape for name, shape in original.unet(family, w).items() if name.startswith(parts)}
+    number, channels = 0, w.unet
+    while any(name.startswith(f"input_blocks.{number}.") for name in found):
+        for last in ("0.weight", "0.op.weight", "0.out_layers.3.weight"):
+            channels = found.get(f"input_blocks.{number}.{last}", (channels,))[0]
+        found |= original.conv(f"zero_convs.{number}.0", channels, channels, 1)
+        number += 1
+    found |= original.conv("middle_block_out.0", channels, channels, 1)
+    widths = (3, 16, 16, 32, 32, 96, 96, 256, w.unet)
+    for i in range(8):
+        found |= original.conv(f"input_hint_block.{2 * i}", widths[i], widths[i + 1])
+    return found
+
+
+def unet_config(family: str) -> dict[str, Any]:
+    return json.loads((config_folder(family) / "unet" / "config.json").read_text(encoding="utf-8"))
+
+
+def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' conversion, with the pair of layers for SDXL that it does not know."""
+    theirs = convert_controlnet_checkpoint(
+        {f"control_model.{name}": tensor for name, tensor in tensors.items()}, {"layers_per_block": 2}
+    )
+    for name, tensor in tensors.items():
+        if name.startswith("label_emb."):
+            new = name.replace("label_emb.0.0.", "add_embedding.linear_1.")
+            theirs[new.replace("label_emb.0.2.", "add_embedding.linear_2.")] = tensor
+    return theirs
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd2-768", "sdxl"])
+def test_names_at_full_size(family: str) -> None:
+    shapes = original_names(family, original.PUBLISHED)
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(unet_config(family))
+        oracle = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in oracle.state_dict().items()}
+    rename = translator(ControlNetModel, config_from_dict(ControlNetConfig, dict(oracle.config)), "original")
+    rows = {name: rename(name) or () for name in shapes}
+    assert {row.name: shapes[name] for name in shapes for row in rows[name]} == expected
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    assert {row.name: id(tensors[name]) for name in shapes for row in rows[name]} == {
+        name: id(tensor) for name, tensor in convert(tensors).items()
+    }
+
+
+def narrow_folder(family: str, folder: Path, w: original.Widths) -> Path:
+    """A family's folder of configurations with a narrow UNet in it."""
+    (folder / "unet").mkdir(parents=True)
+    config = original.narrowed("unet", unet_config(family), family, w)
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd2-768", "sdxl"])
+def test_file_of_a_family(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of the published width tell the family, whose UNet's configuration implies the network's."""
+    w = original.Widths(unet=32)
+    tensors = {name: torch.randn(shape) for name, shape in original_names(family, w).items()}
+    save_file(tensors, tmp_path / "net.safetensors")
+    folder, asked = narrow_folder(family, tmp_path / "configs", w), []
+    monkeypatch.setattr(load, "config_folder", lambda name, **_: asked.append(name) or folder)
+    net, theirs = load_controlnet_file(tmp_path / "net.safetensors"), convert(tensors)
+    assert asked == [family]
+    assert net.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in net.state_dict().items())
+    assert net.config.use_linear_projection == (family != "sd15")
+
+
+@pytest.mark.parametrize("layout", ["original", "bare", "diffusers"])
+def test_file_with_a_configuration(layout: str, tmp_path: Path) -> None:
+    folder = narrow_folder("sd15", tmp_path / "family", original.TINY)
+    unet = config_from_dict(UNet2DConditionModel.config_class, json.loads((folder / "unet/config.json").read_text()))
+    config = config_to_dict(control_config(unet)) | {"global_pool_conditions": True}
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "config.json").write_text(json.dumps(config))
+    tensors = {name: torch.randn(shape) for name, shape in original_names("sd15", original.TINY).items()}
+    theirs = convert(tensors)
+    prefixed = {f"control_model.{name}": tensor for name, tensor in tensors.items()}
+    path = tmp_path / "net.safetensors"
+    save_file({"original": prefixed, "bare": tensors, "diffusers": theirs}[layout], path)
+    for where, pooled in ((folder, False), (tmp_path / "net", True)):
+        net = load_controlnet_file(path, config=where, torch_dtype=torch.float16)
+        assert net.config.global_pool_conditions == pooled
+        assert all(torch.equal(net.state_dict()[name], tensor.half()) for name, tensor in theirs.items())
+    with pytest.raises(ValueError, match=r"reads texts of width 32, which tells no family. Pass config= with"):
+        load_controlnet_file(path)
+    with pytest.raises(ValueError, match=r"This file is a ControlNet .*: load it with .*\.load_controlnet_file"):
+        load_unet_file(path)
+
+
+def test_file_that_is_no_controlnet(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save_file({"conv_in.weight": torch.ones(1)}, path)
+    with pytest.raises(WeightError, match=r"net.safetensors holds no ControlNet; its tensors are conv_in.weight"):
+        load_controlnet_file(path)
+    _, oracle = pair("xl small")
+    save_file(oracle.state_dict(), path)
+    with pytest.raises(ValueError, match=r"is a ControlNet that reads no text, which tells no family. Pass config="):
+        load_controlnet_file(path)
+
+
+def test_tensors_that_no_table_knows_are_named(tmp_path: Path) -> None:
+    folder, path = narrow_folder("sd15", tmp_path / "family", original.TINY), tmp_path / "net.safetensors"
+    tensors = {name: torch.randn(shape) for name, shape in original_names("sd15", original.TINY).items()}
+    save_file({**tensors, "wings.weight": torch.ones(1)}, path)
+    with pytest.raises(WeightError, match=r"1 tensors are unknown: wings.weight"):
+        load_controlnet_file(path, config=folder)
+    assert load_controlnet_file(path, config=folder, ignore=[r"^wings\."]).state_dict()
 
 
 # What is refused.

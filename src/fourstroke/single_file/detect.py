@@ -36,7 +36,8 @@ IGNORED: Mapping[str, str] = {
 # Files that are something else: what tells them, what they are, what to do.
 FOREIGN: tuple[tuple[str, str, str], ...] = (
     (r"^lora_(unet|te\d?)_|\.lora_([AB]|up|down)\.|\.lora_linear_layer\.", "a LoRA", "use pipe.load_lora_weights(…)"),
-    (r"^(control_model|controlnet_cond_embedding|controlnet_down_blocks)\.", "a ControlNet", "load it as a ControlNet"),
+    (r"^(control_model|input_hint_block|zero_convs|controlnet_(cond_embedding|down_blocks))\.", "a ControlNet",
+     "load it with fourstroke.single_file.load_controlnet_file"),
     (r"(^|\.)motion_modules\.", "a motion module of AnimateDiff", "load it as a MotionAdapter"),
     (r"^(emb_params|clip_[lg]|string_to_param\b.*)$", "a textual inversion embedding", "it is not supported"),
     (r"^(model\.diffusion_model\.)?joint_blocks\.", "Stable Diffusion 3", "it is not supported"),

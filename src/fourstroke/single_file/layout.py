@@ -8,9 +8,10 @@ from typing import NamedTuple, cast
 
 from torch import Tensor
 
-from ..config import AutoencoderKLConfig, CLIPTextConfig, Config, UNetConfig
+from ..config import AutoencoderKLConfig, CLIPTextConfig, Config, ControlNetConfig, UNetConfig
 from ..loading import Model
 from ..models.clip import CLIPTextModelWithProjection
+from ..models.unet import DownConfig
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -46,6 +47,11 @@ PLACES: Mapping[str, tuple[Place, ...]] = {
         Place("conditioner.embedders.0.transformer.", "text_model.final_layer_norm.weight", "published"),
     ),
     "text_encoder_2": (Place("conditioner.embedders.1.model.", "ln_final.weight", "open_clip"),),
+    "controlnet": (
+        Place("control_model.", "zero_convs.0.0.weight", "original"),
+        Place("", "zero_convs.0.0.weight", "original"),
+        Place("", "controlnet_cond_embedding.conv_in.weight", "published"),
+    ),
 }
 
 
@@ -100,6 +106,38 @@ CLIP_LAYER = {
 
 def unet_table(config: UNetConfig) -> Table:
     """The UNet: flat lists of numbered blocks, which the configuration's levels are dealt out to."""
+    names, resnets, _ = _way_down(config)
+    layers = config.per_level("layers_per_block")
+    last = len(layers) - 1
+    number = 0
+    for block, kind in enumerate(config.up_block_types):
+        crossed = kind.startswith("CrossAttn")
+        for layer in range(layers[last - block] + 1):
+            resnets[f"output_blocks.{number}.0"] = f"up_blocks.{block}.resnets.{layer}"
+            if crossed:
+                names[f"output_blocks.{number}.1"] = f"up_blocks.{block}.attentions.{layer}"
+            number += 1
+        if block < last:
+            # The upsampler is the last thing in the level's last numbered block.
+            names[f"output_blocks.{number - 1}.{1 + crossed}.conv"] = f"up_blocks.{block}.upsamplers.0.conv"
+    return _rows(names | _expanded(resnets, RESNET))
+
+
+def controlnet_table(config: ControlNetConfig) -> Table:
+    """A ControlNet (lllyasviel's code): the UNet's way down, one convolution a block, and the picture's embedding."""
+    names, resnets, blocks = _way_down(config)
+    names |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(blocks)}
+    names["middle_block_out.0"] = "controlnet_mid_block"
+    # Convolutions and activations by turns, in one list.
+    inner = 2 * (len(config.conditioning_embedding_out_channels) - 1)
+    names["input_hint_block.0"] = "controlnet_cond_embedding.conv_in"
+    names |= {f"input_hint_block.{2 * i + 2}": f"controlnet_cond_embedding.blocks.{i}" for i in range(inner)}
+    names[f"input_hint_block.{2 * inner + 2}"] = "controlnet_cond_embedding.conv_out"
+    return _rows(names | _expanded(resnets, RESNET))
+
+
+def _way_down(config: DownConfig) -> tuple[dict[str, str], dict[str, str], int]:
+    """Names from the input to the middle: of modules, of resnets (see `RESNET`), and the number of input blocks."""
     layers = config.per_level("layers_per_block")
     last = len(layers) - 1
     names, resnets = dict(UNET_ENDS), {}
@@ -117,18 +155,7 @@ def unet_table(config: UNetConfig) -> Table:
     if config.mid_block_type == "UNetMidBlock2DCrossAttn":
         names["middle_block.1"] = "mid_block.attentions.0"
         resnets["middle_block.2"] = "mid_block.resnets.1"
-    number = 0
-    for block, kind in enumerate(config.up_block_types):
-        crossed = kind.startswith("CrossAttn")
-        for layer in range(layers[last - block] + 1):
-            resnets[f"output_blocks.{number}.0"] = f"up_blocks.{block}.resnets.{layer}"
-            if crossed:
-                names[f"output_blocks.{number}.1"] = f"up_blocks.{block}.attentions.{layer}"
-            number += 1
-        if block < last:
-            # The upsampler is the last thing in the level's last numbered block.
-            names[f"output_blocks.{number - 1}.{1 + crossed}.conv"] = f"up_blocks.{block}.upsamplers.0.conv"
-    return _rows(names | _expanded(resnets, RESNET))
+    return names, resnets, number
 
 
 def vae_table(config: AutoencoderKLConfig) -> Table:
@@ -232,6 +259,8 @@ def translator(cls: type[Model], config: Config, dialect: str) -> Callable[[str]
         return published
     if isinstance(config, UNetConfig):
         table = unet_table(config)
+    elif isinstance(config, ControlNetConfig):
+        table = controlnet_table(config)
     elif isinstance(config, AutoencoderKLConfig):
         table = vae_table(config)
     else:

@@ -11,13 +11,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..config import UNetConfig, config_from_dict
+from ..config import Config, ControlNetConfig, UNetConfig, config_from_dict
 from ..loading import CONFIG_NAME, Model, WeightError, WeightSource, build, listed, read_json
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ..models.controlnet import ControlNetModel, control_config
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from .assets import INDEX_NAME, clip_vocabulary, config_folder, resolve_file, tokenizer_of
 from .detect import (
+    FAMILIES,
     PREDICTION_TYPES,
     SingleFile,
     infer_family,
@@ -129,6 +131,54 @@ def load_vae_file(path: str | os.PathLike[str], **options: Any) -> AutoencoderKL
     return _load_alone("vae", AutoencoderKL, path, **options)
 
 
+def load_controlnet_file(
+    path: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    torch_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    ignore: Collection[str] = (),
+    **where: Any,
+) -> ControlNetModel:
+    """Load a ControlNet from one file, in the layout of lllyasviel's code or diffusers'.
+
+    Args:
+        path: see `load_single_file`.
+        config: a folder or hub id with the network's ``config.json``, or a family whose UNet it is a full copy of; by
+            default the family that the width of its texts tells. Needed for the smaller networks for SDXL, and where
+            a file does not say enough: "shuffle" has ``global_pool_conditions``.
+        torch_dtype, dtype, ignore, where: see `load_single_file`.
+
+    Raises:
+        FileNotFoundError, ValueError, WeightError: as `load_single_file`.
+    """
+    file = SingleFile.open(resolve_file(path, **where))
+    place = find_place("controlnet", file.shapes)
+    if place is None:
+        raise WeightError(f"{file.path} holds no ControlNet; its tensors are {listed(file.shapes)}.")
+    folder = config_folder(_family_of_controlnet(file, place) if config is None else config, **where)
+    return _build(file, place, ControlNetModel, _controlnet_config(folder), dtype or torch_dtype, ignore)
+
+
+def _family_of_controlnet(file: SingleFile, place: Place) -> str:
+    names = (key for key in file.shapes if key.startswith(place.prefix) and key.endswith(".attn2.to_k.weight"))
+    width = next((file.shapes[name][1] for name in names), None)
+    if width is None or (width, 4) not in FAMILIES:
+        raise ValueError(
+            f"{file.path} is a ControlNet that reads {f'texts of width {width}' if width else 'no text'}, which tells "
+            "no family. Pass config= with the folder or the hub id of its configuration."
+        )
+    return FAMILIES[width, 4]
+
+
+def _controlnet_config(folder: Path) -> ControlNetConfig:
+    """What the folder says of a ControlNet, or else what its UNet implies."""
+    for path in (folder / "controlnet" / CONFIG_NAME, folder / CONFIG_NAME):
+        if path.is_file():
+            return config_from_dict(ControlNetConfig, read_json(path))
+    return control_config(config_from_dict(UNetConfig, read_json(folder / "unet" / CONFIG_NAME)))
+
+
 def _load_alone(
     component: str,
     cls: type[ModelT],
@@ -212,10 +262,21 @@ def _load(
     dtype: torch.dtype | None,
     ignore: Collection[str],
 ) -> ModelT:
-    """Build one network out of the tensors at ``place``."""
+    """Build one network out of the tensors at ``place``, with the configuration in ``folder``."""
     config = config_from_dict(cls.config_class, read_json(folder / CONFIG_NAME))
     if isinstance(config, UNetConfig) and place.dialect == "published" and GUIDANCE in file.shapes:
         config = dataclasses.replace(config, time_cond_proj_dim=file.shapes[GUIDANCE][1])
+    return _build(file, place, cls, config, dtype, ignore)
+
+
+def _build(
+    file: SingleFile,
+    place: Place,
+    cls: type[ModelT],
+    config: Config,
+    dtype: torch.dtype | None,
+    ignore: Collection[str],
+) -> ModelT:
     rename = translator(cls, config, place.dialect)
     places: dict[str, tuple[Path, str]] = {}
     transforms: dict[str, Transform] = {}
