@@ -91,7 +91,7 @@ def test_unet_with_motion(kind: str, tmp_path: Path) -> None:
     assert (back - expected).abs().mean() > 1e-3 * expected.abs().mean()
 
 
-def test_odd_sizes_and_residuals(tmp_path: Path) -> None:
+def test_odd_sizes(tmp_path: Path) -> None:
     pair = Pair("v2", tmp_path)
     sample = torch.randn(VIDEOS * FRAMES, 4, 9, 13)
     assert_close(pair.result(sample=sample), pair.expected(sample=sample))
