@@ -1,10 +1,13 @@
-"""Pictures on their way in, to the bit as diffusers' processors prepare them."""
+"""Pictures on their way in, to the bit as diffusers' processors prepare them; files on their way out."""
 
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
+import cv2
+import diffusers.utils
 import numpy as np
 import PIL.Image
 import pytest
@@ -14,7 +17,7 @@ from diffusers.pipelines.t2i_adapter.pipeline_stable_diffusion_adapter import _p
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourstroke import images
+from fourstroke import images, utils
 
 PROCESSOR = VaeImageProcessor(vae_scale_factor=8, do_convert_rgb=True)
 MASKS = VaeImageProcessor(vae_scale_factor=8, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
@@ -174,3 +177,33 @@ def test_pasting_back(box: tuple[int, int, int, int] | None, mode: str) -> None:
         expected = PROCESSOR.apply_overlay(mask, original, painted, box)
         assert (ours.mode, ours.size) == ("RGB", original.size)
         assert np.array_equal(np.asarray(ours), np.asarray(expected))
+
+
+@pytest.mark.parametrize("fps", [1, 8, 10, 30])
+def test_gifs(fps: int, tmp_path: Path) -> None:
+    frames = [pil(seed=seed) for seed in range(4)]
+    utils.export_to_gif(frames, tmp_path / "ours.gif", fps)
+    diffusers.utils.export_to_gif(frames, str(tmp_path / "theirs.gif"), fps)
+    assert (tmp_path / "ours.gif").read_bytes() == (tmp_path / "theirs.gif").read_bytes()
+
+
+@pytest.mark.parametrize("fps", [8, 12.5])
+def test_another_decoder_reads_the_videos(fps: float, tmp_path: Path) -> None:
+    frames = [pil(64, 48, seed=seed).resize((8, 6)).resize((64, 48)) for seed in range(7)]
+    film = cv2.VideoCapture(utils.export_to_video(frames, tmp_path / "a.mp4", fps, quality=10))
+    assert film.get(cv2.CAP_PROP_FPS) == fps
+    for frame in frames:
+        there, pixels = film.read()
+        assert there
+        assert np.abs(pixels[..., ::-1].astype(float) - np.asarray(frame)).mean() < 4
+    assert not film.read()[0]
+    film.release()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "F"])
+def test_loaded_pictures(mode: str, tmp_path: Path) -> None:
+    path = str(tmp_path / ("a.tiff" if mode in ("CMYK", "F") else "a.png"))
+    (pil().convert("P") if mode == "P" else pil(mode=mode)).save(path)
+    ours, theirs = utils.load_image(path), diffusers.utils.load_image(path)
+    assert ours.mode == theirs.mode == "RGB"
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
