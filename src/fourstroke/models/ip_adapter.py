@@ -396,7 +396,7 @@ def check_fit(unet: UNet2DConditionModel, adapter: IPAdapter) -> None:
 
 
 def _family(width: int, layers: int) -> str:
-    return f"{FAMILIES.get(width, 'another model')} (text width {width}, {layers} cross-attentions)"
+    return f"{FAMILIES.get(width, 'a model')} of text width {width} with {layers} cross-attentions"
 
 
 def set_ip_adapter_scales_(unet: UNet2DConditionModel, scales: Sequence[float | Mapping[str, float]]) -> None:
