@@ -125,9 +125,10 @@ def test_several_are_saved_side_by_side(tmp_path: Path) -> None:
     with torch.no_grad():
         same_features(expected, diffusers.MultiAdapter.from_pretrained(str(tmp_path / "adapter"))(xs))
 
-    diffusers.MultiAdapter(list(theirs[:2])).save_pretrained(str(tmp_path / "two" / "adapter"))
-    read = MultiAdapter.from_pretrained(tmp_path / "two" / "adapter", torch_dtype=torch.float64)
-    assert len(read.adapters) == 2 and read.adapters[1].dtype == torch.float64
+    diffusers.MultiAdapter(list(theirs)).save_pretrained(str(tmp_path / "theirs" / "adapter"))
+    same_features(MultiAdapter.from_pretrained(tmp_path / "theirs" / "adapter")(xs), expected)
+    read = MultiAdapter.from_pretrained(tmp_path / "theirs" / "adapter", torch_dtype=torch.float64)
+    assert [adapter.dtype for adapter in read.adapters] == [torch.float64] * 3
     with pytest.raises(FileNotFoundError, match="nowhere is no folder with a T2I-Adapter"):
         MultiAdapter.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileExistsError, match="adapter_2 would be read as one more T2I-Adapter"):

@@ -192,8 +192,8 @@ class MultiAdapter(nn.Module):
         Raises:
             FileExistsError: the folder after the last one exists, and would be read as one adapter more.
         """
-        after = _folder(save_directory, len(self.adapters))
-        if after.exists():
+        after = _found(save_directory, len(self.adapters))
+        if after is not None:
             raise FileExistsError(f"{after} would be read as one more T2I-Adapter; remove it or save elsewhere.")
         for i, adapter in enumerate(self.adapters):
             cast(T2IAdapter, adapter).save_pretrained(_folder(save_directory, i), variant=variant)
@@ -226,7 +226,7 @@ class MultiAdapter(nn.Module):
                 "from elsewhere one by one: MultiAdapter([T2IAdapter.from_pretrained(…), …])."
             )
         adapters: list[T2IAdapter] = []
-        while (folder := _folder(pretrained_model_path, len(adapters))).is_dir():
+        while (folder := _found(pretrained_model_path, len(adapters))) is not None:
             adapters.append(load_model(T2IAdapter, folder, variant=variant, dtype=dtype or torch_dtype))
         return cls(adapters).eval()
 
@@ -234,3 +234,10 @@ class MultiAdapter(nn.Module):
 def _folder(first: str | os.PathLike[str], i: int) -> Path:
     path = Path(first)
     return path if i == 0 else path.with_name(f"{path.name}_{i}")
+
+
+def _found(first: str | os.PathLike[str], i: int) -> Path | None:
+    """The folder of adapter ``i``. diffusers writes the third into ``adapter_1_2``, and so on."""
+    chained = Path(first)
+    chained = chained.with_name("_".join([chained.name, *map(str, range(1, i + 1))]))
+    return next((folder for folder in (_folder(first, i), chained) if folder.is_dir()), None)
