@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -219,6 +219,41 @@ class Model(nn.Module):
             force_download=force_download,
         )
         return load_model(cls, folder / prefix, variant=variant, dtype=dtype or torch_dtype)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        ignore: Collection[str] = (),
+        **options: Any,
+    ) -> Self:
+        """Load this network alone from a ``.safetensors`` file in the original layout or diffusers'.
+
+        Args:
+            pretrained_model_link_or_path: a whole checkpoint, or a file of this network alone, or its address on the
+                hub (``https://huggingface.co/owner/name/blob/main/file.safetensors``).
+            config: family (``"sdxl"``), folder or hub id with the configuration, when the tensors do not tell.
+            torch_dtype, dtype: dtype of the parameters, two names of one thing (default ``torch.float32``).
+            ignore: patterns of tensor names that carry nothing and are left out.
+            options: ``subfolder`` of ``config``; ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+                ``force_download`` as in huggingface_hub; any other keyword warns and is ignored.
+
+        Raises:
+            FileNotFoundError: there is no such file or configuration.
+            TypeError: networks of this class do not come in such files.
+            ValueError, WeightError: the file is a pickle, is something else, or its tensors do not fit.
+        """
+        # People look for this on the class, while the layouts lie above the networks: the one import that goes up.
+        from .single_file import load_network_file
+
+        known = {name: options.pop(name) for name in ("subfolder", *hub.OPTIONS) if name in options}
+        warn_unknown(f"{cls.__name__}.from_single_file", options)
+        dtype = dtype or torch_dtype
+        return load_network_file(cls, pretrained_model_link_or_path, config=config, dtype=dtype, ignore=ignore, **known)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, variant: str | None = None, stem: str = WEIGHT_STEMS[0]

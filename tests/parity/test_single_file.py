@@ -283,6 +283,26 @@ def test_vae_alone(layout: str, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+NAMES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("component", NAMES)
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_network_loads_under_the_name_that_people_know(family: str, component: str, tmp_path: Path) -> None:
+    """Out of a whole checkpoint, with the peer's arguments; the dtype is rounded once."""
+    configs = tiny_configs(family, tmp_path / "configs")
+    path = tmp_path / "model.safetensors"
+    random_file(path, original.checkpoint(family, original.TINY))
+    options = {"config": str(configs), "subfolder": component, "torch_dtype": torch.float16}
+    ours = OURS[NAMES[component]].from_single_file(str(path), **options)
+    theirs = getattr(diffusers, NAMES[component]).from_single_file(str(path), **options, local_files_only=True)
+    expected = theirs.state_dict()
+    assert type(ours).__name__ == type(theirs).__name__ and not ours.training
+    assert ours.state_dict().keys() == expected.keys()
+    assert [key for key, tensor in ours.state_dict().items() if not torch.equal(tensor, expected[key])] == []
+
+
 # The vocabulary.
 
 HARD = [

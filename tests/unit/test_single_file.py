@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fourstroke import hub
 from fourstroke.loading import WeightError
+from fourstroke.models.clip import CLIPTextModel
 from fourstroke.models.unet import UNet2DConditionModel
+from fourstroke.models.vae import AutoencoderKL
 from fourstroke.single_file import (
     IGNORED,
     SingleFile,
@@ -164,7 +166,7 @@ def of_depth(depths_in: tuple[int, ...], depths_out: tuple[int, ...]) -> Shapes:
         ({"embedder.model.visual.proj": (4, 4)}, "Stable unCLIP"),
         ({"unet.down_blocks.0.resnets.0.conv1.weight": (4, 4)}, "a pipeline in diffusers' naming"),
         ({"weight": (4, 4)}, "No UNet of Stable Diffusion"),
-        (original.autoencoder(128), "For a VAE use load_vae_file"),
+        (original.autoencoder(128), r"For a VAE use AutoencoderKL\.from_single_file"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_named(shapes: Shapes, message: str) -> None:
@@ -394,7 +396,7 @@ def test_a_bare_unet_is_no_pipeline(tmp_path: Path, configs: Path, tensors: dict
     prefix = "model.diffusion_model."
     bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     path = saved(tmp_path / "unet.safetensors", bare)
-    with pytest.raises(WeightError, match="It holds a UNet alone; load_unet_file loads it"):
+    with pytest.raises(WeightError, match=r"It holds a UNet alone; UNet2DConditionModel\.from_single_file loads it"):
         load_single_file(path, config=configs)
 
 
@@ -406,6 +408,24 @@ def test_a_distilled_unet_in_the_published_layout(tmp_path: Path, configs: Path)
     unet = load_unet_file(path, config=configs)
     assert unet.config.time_cond_proj_dim == 16
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in unet.state_dict().items())
+
+
+def test_classes_read_single_files(tmp_path: Path, configs: Path, tensors: dict[str, Tensor]) -> None:
+    path = saved(tmp_path / "model.safetensors", tensors | {"model.diffusion_model.surprise": torch.ones(1)})
+    with pytest.raises(WeightError, match=r"1 tensors are unknown: model\.diffusion_model\.surprise"):
+        UNet2DConditionModel.from_single_file(path, config=configs)
+    unet = UNet2DConditionModel.from_single_file(path, config=configs, dtype=torch.bfloat16, ignore=["surprise$"])
+    expected = tensors["model.diffusion_model.input_blocks.0.0.weight"].bfloat16()
+    assert type(unet) is UNet2DConditionModel and torch.equal(unet.conv_in.weight, expected)
+    with pytest.warns(UserWarning, match=r"AutoencoderKL\.from_single_file: ignored unknown arguments 'varient'"):
+        vae = AutoencoderKL.from_single_file(path, config=configs, varient="fp16")
+    assert torch.equal(vae.encoder.conv_in.weight, tensors["first_stage_model.encoder.conv_in.weight"])
+    elsewhere = configs.rename(configs.with_name("elsewhere"))
+    (elsewhere / "unet").rename(elsewhere / "network")
+    options = {"config": elsewhere, "subfolder": "network", "local_files_only": True, "ignore": ["surprise$"]}
+    assert torch.equal(UNet2DConditionModel.from_single_file(path, **options).conv_in.weight.bfloat16(), expected)
+    with pytest.raises(TypeError, match=r"CLIPTextModel is not read from single files; UNet2DConditionModel, Autoenc"):
+        CLIPTextModel.from_single_file(path)
 
 
 # Files and folders.

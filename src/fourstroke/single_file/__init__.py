@@ -7,7 +7,7 @@ stay in the memory-mapped file; only where the layouts differ in shape does a sm
 
 from .assets import clip_tokenizer, clip_vocabulary, config_folder, families, resolve_file
 from .detect import IGNORED, SingleFile, infer_family, infer_prediction_type
-from .load import load_controlnet_file, load_single_file, load_unet_file, load_vae_file
+from .load import load_controlnet_file, load_network_file, load_single_file, load_unet_file, load_vae_file
 
 __all__ = [
     "IGNORED",
@@ -19,6 +19,7 @@ __all__ = [
     "infer_family",
     "infer_prediction_type",
     "load_controlnet_file",
+    "load_network_file",
     "load_single_file",
     "load_unet_file",
     "load_vae_file",

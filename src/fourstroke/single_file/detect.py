@@ -123,7 +123,7 @@ def infer_family(
     if place is None:
         raise ValueError(
             f"No UNet of Stable Diffusion is among the {len(shapes)} tensors ({listed(list(shapes)[:3])}). Is it the "
-            "right file? For a VAE use load_vae_file."
+            "right file? For a VAE use AutoencoderKL.from_single_file."
         )
     unet = [key for key in shapes if key.startswith(place.prefix)]
     context = next((shapes[key][1] for key in unet if key.endswith(".attn2.to_k.weight")), 0)

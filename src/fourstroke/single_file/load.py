@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -107,8 +107,8 @@ def load_unet_file(path: str | os.PathLike[str], **options: Any) -> UNet2DCondit
 
     Args:
         path: see `load_single_file`.
-        options: ``config`` (also the folder of the UNet's own ``config.json``), ``torch_dtype``, ``dtype``, ``ignore``
-            and hub options as for `load_single_file`.
+        options: ``config`` (also the folder of the UNet's own ``config.json``) and ``subfolder`` in it, and
+            ``torch_dtype``, ``dtype``, ``ignore`` and hub options as for `load_single_file`.
 
     Raises:
         FileNotFoundError, ValueError, WeightError: as `load_single_file`.
@@ -135,6 +135,7 @@ def load_controlnet_file(
     path: str | os.PathLike[str],
     *,
     config: str | os.PathLike[str] | None = None,
+    subfolder: str | None = None,
     torch_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     ignore: Collection[str] = (),
@@ -147,6 +148,7 @@ def load_controlnet_file(
         config: a folder or hub id with the network's ``config.json``, or a family whose UNet it is a full copy of; by
             default the family that the width of its texts tells. Needed for the smaller networks for SDXL, and where
             a file does not say enough: "shuffle" has ``global_pool_conditions``.
+        subfolder: of ``config``.
         torch_dtype, dtype, ignore, where: see `load_single_file`.
 
     Raises:
@@ -157,6 +159,7 @@ def load_controlnet_file(
     if place is None:
         raise WeightError(f"{file.path} holds no ControlNet; its tensors are {listed(file.shapes)}.")
     folder = config_folder(_family_of_controlnet(file, place) if config is None else config, **where)
+    folder = folder / subfolder if subfolder else folder
     return _build(file, place, ControlNetModel, _controlnet_config(folder), dtype or torch_dtype, ignore)
 
 
@@ -179,12 +182,37 @@ def _controlnet_config(folder: Path) -> ControlNetConfig:
     return control_config(config_from_dict(UNetConfig, read_json(folder / "unet" / CONFIG_NAME)))
 
 
+# Class -> what loads it alone.
+NETWORK_FILES: Mapping[type[Model], Callable[..., Model]] = {
+    UNet2DConditionModel: load_unet_file,
+    AutoencoderKL: load_vae_file,
+    ControlNetModel: load_controlnet_file,
+}
+
+
+def load_network_file(cls: type[ModelT], path: str | os.PathLike[str], **options: Any) -> ModelT:
+    """Load a ``cls`` by that one of the functions above which is for it; see `Model.from_single_file`.
+
+    Raises:
+        TypeError: none is.
+        FileNotFoundError, ValueError, WeightError: as `load_single_file`.
+    """
+    if cls not in NETWORK_FILES:
+        known = ", ".join(kind.__name__ for kind in NETWORK_FILES)
+        raise TypeError(
+            f"{cls.__name__} is not read from single files; {known} are. Use {cls.__name__}.from_pretrained, or the "
+            "pipeline's from_single_file for a whole checkpoint."
+        )
+    return cast(ModelT, NETWORK_FILES[cls](path, **options))
+
+
 def _load_alone(
     component: str,
     cls: type[ModelT],
     path: str | os.PathLike[str],
     *,
     config: str | os.PathLike[str] | None = None,
+    subfolder: str | None = None,
     torch_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     ignore: Collection[str] = (),
@@ -201,7 +229,7 @@ def _load_alone(
         folder = config_folder(_family_of_vae(file))
     else:
         folder = config_folder(infer_family(file.shapes, file.metadata, read=file.read))
-    inner = folder / component
+    inner = folder / (subfolder or component)
     return _load(file, place, cls, inner if inner.is_dir() else folder, dtype or torch_dtype, ignore)
 
 
@@ -221,8 +249,9 @@ def _check_parts(file: SingleFile, wanted: Mapping[str, str], places: Mapping[st
     missing = [name for name, place in places.items() if place is None and name in wanted]
     if missing:
         mend = ", ".join(f"{name}={wanted[name]}.from_pretrained(…)" for name in missing)
-        alone = " It holds a UNet alone; load_unet_file loads it." if len(missing) == len(places) else ""
-        raise WeightError(f"{file.path} holds no {', '.join(missing)}. Load it from elsewhere and pass {mend}.{alone}")
+        alone = " It holds a UNet alone; UNet2DConditionModel.from_single_file loads it."
+        mend += "." + (alone if len(missing) == len(places) else "")
+        raise WeightError(f"{file.path} holds no {', '.join(missing)}. Load it from elsewhere and pass {mend}")
     for name in places:
         if name in wanted and wanted[name] not in NETWORKS:
             raise ValueError(
