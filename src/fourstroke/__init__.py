@@ -12,28 +12,58 @@ __version__ = "0.1.0"
 
 # Public name -> module that has it.
 _EXPORTS = {
+    "AnimateDiffControlNetPipeline": "pipelines.animatediff",
+    "AnimateDiffPipeline": "pipelines.animatediff",
+    "AnimateDiffSDXLPipeline": "pipelines.animatediff",
+    "AnimateDiffVideoToVideoControlNetPipeline": "pipelines.animatediff",
+    "AnimateDiffVideoToVideoPipeline": "pipelines.animatediff",
+    "AutoPipelineForImage2Image": "pipelines.auto",
+    "AutoPipelineForInpainting": "pipelines.auto",
     "AutoPipelineForText2Image": "pipelines.auto",
     "AutoencoderKL": "models.vae",
     "AutoencoderTiny": "models.vae_tiny",
+    "CLIPImageProcessor": "models.clip_vision",
     "CLIPTextModel": "models.clip",
     "CLIPTextModelWithProjection": "models.clip",
+    "CLIPVisionModelWithProjection": "models.clip_vision",
+    "Control": "request",
+    "ControlNetModel": "models.controlnet",
     "DDIMScheduler": "schedulers",
     "DPMSolverMultistepScheduler": "schedulers",
     "DiffusionPipeline": "pipelines.pipeline",
     "Engine": "engine",
     "EulerAncestralDiscreteScheduler": "schedulers",
     "EulerDiscreteScheduler": "schedulers",
+    "FreeInit": "request",
     "GenerateRequest": "request",
     "GenerateResult": "request",
     "LCMScheduler": "schedulers",
+    "LatentConsistencyModelImg2ImgPipeline": "pipelines.image_to_image",
     "LatentConsistencyModelPipeline": "pipelines.stable_diffusion",
     "MotionAdapter": "models.motion",
+    "MultiAdapter": "models.t2i_adapter",
+    "MultiControlNetModel": "models.controlnet",
+    "StableDiffusionAdapterPipeline": "pipelines.adapter",
+    "StableDiffusionControlNetImg2ImgPipeline": "pipelines.controlnet",
+    "StableDiffusionControlNetInpaintPipeline": "pipelines.controlnet",
+    "StableDiffusionControlNetPipeline": "pipelines.controlnet",
+    "StableDiffusionImg2ImgPipeline": "pipelines.image_to_image",
+    "StableDiffusionInpaintPipeline": "pipelines.inpaint",
     "StableDiffusionPipeline": "pipelines.stable_diffusion",
+    "StableDiffusionSafetyChecker": "models.safety",
+    "StableDiffusionXLAdapterPipeline": "pipelines.adapter",
+    "StableDiffusionXLControlNetImg2ImgPipeline": "pipelines.controlnet_xl",
+    "StableDiffusionXLControlNetInpaintPipeline": "pipelines.controlnet_xl",
+    "StableDiffusionXLControlNetPipeline": "pipelines.controlnet_xl",
+    "StableDiffusionXLImg2ImgPipeline": "pipelines.image_to_image",
+    "StableDiffusionXLInpaintPipeline": "pipelines.inpaint",
     "StableDiffusionXLPipeline": "pipelines.stable_diffusion",
+    "T2IAdapter": "models.t2i_adapter",
     "TCDScheduler": "schedulers",
     "Tokenizer": "text",
     "UNet2DConditionModel": "models.unet",
     "UnsupportedConfig": "config",
+    "Windows": "request",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -42,18 +72,46 @@ if TYPE_CHECKING:
     from .config import UnsupportedConfig
     from .engine import Engine
     from .models.clip import CLIPTextModel, CLIPTextModelWithProjection
+    from .models.clip_vision import CLIPImageProcessor, CLIPVisionModelWithProjection
+    from .models.controlnet import ControlNetModel, MultiControlNetModel
     from .models.motion import MotionAdapter
+    from .models.safety import StableDiffusionSafetyChecker
+    from .models.t2i_adapter import MultiAdapter, T2IAdapter
     from .models.unet import UNet2DConditionModel
     from .models.vae import AutoencoderKL
     from .models.vae_tiny import AutoencoderTiny
-    from .pipelines.auto import AutoPipelineForText2Image
+    from .pipelines.adapter import StableDiffusionAdapterPipeline, StableDiffusionXLAdapterPipeline
+    from .pipelines.animatediff import (
+        AnimateDiffControlNetPipeline,
+        AnimateDiffPipeline,
+        AnimateDiffSDXLPipeline,
+        AnimateDiffVideoToVideoControlNetPipeline,
+        AnimateDiffVideoToVideoPipeline,
+    )
+    from .pipelines.auto import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
+    from .pipelines.controlnet import (
+        StableDiffusionControlNetImg2ImgPipeline,
+        StableDiffusionControlNetInpaintPipeline,
+        StableDiffusionControlNetPipeline,
+    )
+    from .pipelines.controlnet_xl import (
+        StableDiffusionXLControlNetImg2ImgPipeline,
+        StableDiffusionXLControlNetInpaintPipeline,
+        StableDiffusionXLControlNetPipeline,
+    )
+    from .pipelines.image_to_image import (
+        LatentConsistencyModelImg2ImgPipeline,
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionXLImg2ImgPipeline,
+    )
+    from .pipelines.inpaint import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
     from .pipelines.pipeline import DiffusionPipeline
     from .pipelines.stable_diffusion import (
         LatentConsistencyModelPipeline,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
     )
-    from .request import GenerateRequest, GenerateResult
+    from .request import Control, FreeInit, GenerateRequest, GenerateResult, Windows
     from .schedulers import (
         DDIMScheduler,
         DPMSolverMultistepScheduler,

@@ -8,9 +8,10 @@ import diffusers
 import pytest
 
 import fourstroke
+from fourstroke.pipelines import components
 from fourstroke.pipelines.pipeline import LORA_TARGETS
 
-PIPELINES = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"]
+PIPELINES = [name for names in components.PIPELINES.values() for name in names]
 METHODS = [
     "load_lora_weights",
     "set_adapters",
@@ -40,11 +41,14 @@ def parameters(function: object) -> dict[str, object]:
 def test_calls_have_the_peers_arguments_order_and_defaults(name: str, method: str) -> None:
     ours = parameters(getattr(getattr(fourstroke, name), method))
     theirs = parameters(getattr(getattr(diffusers, name), method))
+    if method == "encode_prompt":
+        # The animated form says videos for images, in an order that its callers spell out.
+        theirs = {key.replace("videos", "images"): default for key, default in theirs.items()}
     assert list(ours) == list(theirs)
     assert ours == theirs
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+@pytest.mark.parametrize("name", PIPELINES)
 def test_constructors_have_the_peers_arguments(name: str) -> None:
     assert list(parameters(getattr(fourstroke, name).__init__)) == list(parameters(getattr(diffusers, name).__init__))
 
@@ -68,4 +72,4 @@ def test_every_component_is_listed_as_the_peer_lists_it() -> None:
         assert set(getattr(fourstroke, name).component_names) == theirs
 
 
-SETTINGS = ("requires_safety_checker", "force_zeros_for_empty_prompt", "add_watermarker")
+SETTINGS = ("requires_safety_checker", "force_zeros_for_empty_prompt", "requires_aesthetics_score", "add_watermarker")

@@ -191,9 +191,7 @@ def test_features_in_the_unet(kind: str) -> None:
     assert (theirs - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "levels", [3, pytest.param(4, marks=pytest.mark.xfail(reason="the UNet leaves out the mid block's features"))]
-)
+@pytest.mark.parametrize("levels", [3, 4])
 def test_features_in_the_unet_of_sdxl(levels: int) -> None:
     """The published adapters have four feature maps for three levels; the last one belongs to the mid block."""
     _, adapter = pair("xl")

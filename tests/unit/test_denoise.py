@@ -10,7 +10,8 @@ import torch
 
 from fourstroke import DDIMScheduler, GenerateRequest
 from fourstroke.conditioning import guidance_embedding, guide, size_ids
-from fourstroke.denoise import decode, denoise, picture_size, prepare
+from fourstroke.denoise import denoise, prepare
+from fourstroke.latents import decode, picture_size
 from tests.unit import tiny
 
 
@@ -118,7 +119,7 @@ def test_a_half_precision_vae_that_overflows_is_decoded_in_float32_and_is_left_a
     exact = decode(vae, latents)
     half = vae.to(torch.float16)
     weights = {name: tensor.clone() for name, tensor in half.state_dict().items()}
-    upcast = decode(half, latents.half(), upcast=True)
+    upcast = decode(half, latents.half(), upcast_half=True)
     assert upcast.dtype == torch.float32 and half.dtype == torch.float16
     assert (upcast - exact).abs().max() < 0.05 * exact.abs().max()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in half.state_dict().items())

@@ -160,7 +160,7 @@ def test_sdxl_embeddings_without_the_pooled_ones_are_refused() -> None:
 
 
 def test_what_is_not_supported_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="IP-Adapter is not supported"):
+    with pytest.raises(ValueError, match="none is loaded; call pipe.load_ip_adapter"):
         painted(tiny.sd(), ip_adapter_image=object())
     pipe = tiny.sd()
     with pytest.raises(ValueError, match="no guidance embedding"):

@@ -22,7 +22,7 @@ from fourstroke import GenerateRequest
         ({"prompt": ["fox", "cat"], "negative_prompt": ["x"]}, "negative_prompt has 1 texts, but there are 2 prompts"),
         ({"prompt": "fox", "num_inference_steps": 0}, "num_inference_steps is 0; it must be at least 1"),
         ({"prompt": "fox", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
-        ({"prompt": "fox", "denoising_end": 1.5}, r"denoising_end is 1.5; it must be a fraction in \(0, 1\]"),
+        ({"prompt": "fox", "denoising_end": 1.5}, r"denoising_end is 1.5; it must be a fraction of the schedule"),
         ({"prompt": "fox", "timesteps": [999], "sigmas": [14.0]}, "Both timesteps and sigmas"),
         (
             {"prompt": "fox", "output_type": "jpg"},

@@ -171,7 +171,7 @@ def previewer(engine: Engine) -> Callable[[Tensor], list[PIL.Image.Image]]:
 
     pipeline = engine.pipeline
     if engine.model.startswith("emoji") and TINY_VAE in hub.shipped():
-        from ..denoise import decode
+        from ..latents import decode
         from ..images import postprocess
         from ..models.vae_tiny import AutoencoderTiny
 

@@ -41,7 +41,7 @@ class Residuals(NamedTuple):
     Attributes:
         down: one tensor a skip connection, in the order in which the down path makes them (ControlNet).
         mid: added after the mid block (ControlNet).
-        intra: one tensor a down block, added inside it (T2I-Adapter).
+        intra: one tensor a down block, added inside it (T2I-Adapter), and after them, perhaps, one for the mid block.
     """
 
     down: tuple[Tensor, ...] = ()
@@ -84,12 +84,12 @@ class Stage(nn.Module):
         super().__init__()
         self.motion_modules: nn.ModuleList | None = None
 
-    def layer(self, i: int, x: Tensor, temb: Tensor, context: Context, frames: int) -> Tensor:
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Context, frames: int | None) -> Tensor:
         """Resnet ``i`` and what follows it: (N, C_in, H, W) -> (N, C, H, W)."""
         x = self.resnets[i](x, temb)
         if self.attentions is not None:
             x = self.attentions[i](x, context)
-        return x if self.motion_modules is None else self.motion_modules[i](x, frames)
+        return x if self.motion_modules is None or frames is None else self.motion_modules[i](x, frames)
 
 
 class DownBlock(Stage):
@@ -110,7 +110,7 @@ class DownBlock(Stage):
         self.downsamplers = None if last else nn.ModuleList([Downsample2D(channels)])
 
     def forward(
-        self, x: Tensor, temb: Tensor, context: Context, frames: int, intra: Tensor | None
+        self, x: Tensor, temb: Tensor, context: Context, frames: int | None, intra: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """(N, C_in, H, W) -> (N, C, H/2, W/2) and the skip connections.
 
@@ -147,12 +147,12 @@ class MidBlock(nn.Module):
         )
         self.motion_modules: nn.ModuleList | None = None
 
-    def forward(self, x: Tensor, temb: Tensor, context: Context, frames: int) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Context, frames: int | None) -> Tensor:
         """(N, C, h, w) -> (N, C, h, w)."""
         x = self.resnets[0](x, temb)
         for i, attention in enumerate(self.attentions):
             x = attention(x, context)
-            if self.motion_modules is not None:
+            if self.motion_modules is not None and frames is not None:
                 x = self.motion_modules[i](x, frames)
             x = self.resnets[i + 1](x, temb)
         return x
@@ -182,7 +182,13 @@ class UpBlock(Stage):
         self.upsamplers = None if top else nn.ModuleList([Upsample2D(channels)])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context, frames: int, size: tuple[int, int] | None
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        temb: Tensor,
+        context: Context,
+        frames: int | None,
+        size: tuple[int, int] | None,
     ) -> Tensor:
         """(N, C_in, H, W) and its skip connections (taken off the list's end) -> (N, C, 2H, 2W) or ``size``."""
         for i in range(len(self.resnets)):
@@ -245,7 +251,7 @@ class UNet2DConditionModel(Model):
         timestep_cond: Tensor | None = None,
         residuals: Residuals | None = None,
         image_tokens: Sequence[Tensor] = (),
-        frames: int = 1,
+        frames: int | None = None,
     ) -> Tensor:
         """One network evaluation.
 
@@ -258,7 +264,7 @@ class UNet2DConditionModel(Model):
             residuals: what control networks and adapters add.
             image_tokens: one tensor (N, tokens, cross_attention_dim) an attached IP-Adapter, from
                 `ip_adapter.project`; without any, the adapters do nothing.
-            frames: frames a video; 1 for pictures.
+            frames: frames a video; None for pictures, which motion modules leave alone.
 
         Returns:
             (N, out_channels, h, w) in the dtype of the parameters.
@@ -279,6 +285,9 @@ class UNet2DConditionModel(Model):
             skips = [skip + more for skip, more in zip(skips, down, strict=True)]
         if self.mid_block is not None:
             x = self.mid_block(x, temb, context, frames)
+        if len(intra) > len(self.down_blocks):
+            # SDXL's adapters have a feature map more than SDXL has levels; it belongs here.
+            x = x + intra[-1]
         if mid is not None:
             x = x + mid
         for i, block in enumerate(self.up_blocks):

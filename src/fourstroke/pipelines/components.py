@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import hub
-from ..loading import CONFIG_NAME, Model, load_model, read_json, refuse_pickle, select_weights
+from ..loading import (
+    CONFIG_NAME,
+    Model,
+    load_model,
+    read_json,
+    refuse_pickle,
+    select_weights,
+    warn_unknown,
+)
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
-from ..models.clip_vision import CLIPImageProcessor
+from ..models.clip_vision import CLIPImageProcessor, CLIPVisionModel, CLIPVisionModelWithProjection
+from ..models.controlnet import ControlNetModel
+from ..models.motion import MotionAdapter
 from ..models.safety import StableDiffusionSafetyChecker
+from ..models.t2i_adapter import T2IAdapter
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from ..models.vae_tiny import AutoencoderTiny
@@ -34,11 +48,48 @@ NETWORKS: Mapping[str, type[Model]] = {
         AutoencoderTiny,
         CLIPTextModel,
         CLIPTextModelWithProjection,
+        CLIPVisionModelWithProjection,
+        ControlNetModel,
+        MotionAdapter,
         StableDiffusionSafetyChecker,
+        T2IAdapter,
     )
 }
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
+
+# Module of this package -> the published class names that it has pipelines for.
+PIPELINES: Mapping[str, tuple[str, ...]] = {
+    "stable_diffusion": ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"),
+    "image_to_image": (
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+    ),
+    "inpaint": ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
+    "controlnet": (
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+    ),
+    "controlnet_xl": (
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+    ),
+    "adapter": ("StableDiffusionAdapterPipeline", "StableDiffusionXLAdapterPipeline"),
+    "animatediff": (
+        "AnimateDiffPipeline",
+        "AnimateDiffControlNetPipeline",
+        "AnimateDiffVideoToVideoPipeline",
+        "AnimateDiffVideoToVideoControlNetPipeline",
+        "AnimateDiffSDXLPipeline",
+    ),
+}
+# Arguments of a constructor that are settings in model_index.json and no components.
+SETTINGS = ("requires_safety_checker", "force_zeros_for_empty_prompt", "requires_aesthetics_score")
+# Keywords that people pass out of habit and that choose what is done here anyway.
+HARMLESS = ("use_safetensors", "low_cpu_mem_usage", "safety_checker_kwargs", "add_watermarker")
 
 
 def component_files(files: list[str], name: str, kind: str, variant: str | None) -> list[str]:
@@ -108,7 +159,8 @@ def library_of(component: Any) -> str | None:
         return None
     if isinstance(component, StableDiffusionSafetyChecker):
         return "stable_diffusion"
-    return "transformers" if isinstance(component, CLIPTextModel | Tokenizer | CLIPImageProcessor) else "diffusers"
+    foreign = CLIPTextModel | CLIPVisionModel | Tokenizer | CLIPImageProcessor
+    return "transformers" if isinstance(component, foreign) else "diffusers"
 
 
 def published_class(component: Any) -> str | None:
@@ -119,3 +171,35 @@ def published_class(component: Any) -> str | None:
         return "CLIPTokenizer"
     # A scheduler that is only kept, not run, goes by the name in its configuration.
     return getattr(component, "config", {}).get("_class_name") or type(component).__name__
+
+
+def pipeline_class(name: str | None) -> type[Any]:
+    """The pipeline whose published class name is ``name``.
+
+    Raises:
+        ValueError: there is none; the message lists those that there are.
+    """
+    for module, names in PIPELINES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    known = ", ".join(itertools.chain(*PIPELINES.values()))
+    raise ValueError(f"The repository's pipeline is {name!r}, which is not supported. Supported: {known}.")
+
+
+def given_components(where: str, target: type[Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """The components among ``options``, and the names that ``target`` takes; what is neither warns."""
+    known = set(inspect.signature(target.__init__).parameters) - {"self"}
+    warn_unknown(where, {name: value for name, value in options.items() if name not in known and name not in HARMLESS})
+    return {name: value for name, value in options.items() if name in known}, known
+
+
+def is_setting(value: Any) -> bool:
+    """Whether an entry of ``model_index.json`` is a setting and no component."""
+    return isinstance(value, bool | int | float | str)
+
+
+def counted(names: list[str]) -> Iterable[str]:
+    """``names``, with a progress bar over them."""
+    from tqdm.auto import tqdm
+
+    return tqdm(names, desc="Loading pipeline components")

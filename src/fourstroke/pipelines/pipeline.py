@@ -2,95 +2,100 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import hub
 from ..conditioning import Components
-from ..denoise import DenoiseState, decode, denoise, prepare
-from ..images import postprocess
+from ..denoise import DenoiseState
 from ..loading import Model, read_json, warn_unknown, write_json
+from ..lora.keys import unwrap
 from ..lora.merge import AdapterSet
 from ..lora.reading import read_lora
 from ..lora.weights import save_lora
 from ..models.clip import CLIPTextModel
+from ..models.clip_vision import CLIPVisionModelWithProjection
+from ..models.motion import attach_motion_
 from ..models.safety import StableDiffusionSafetyChecker
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from ..models.vae_tiny import AutoencoderTiny
-from ..request import GenerateRequest, GenerateResult
+from ..request import FreeInit, GenerateRequest, GenerateResult, Windows
 from ..schedulers import load_scheduler
 from ..single_file import load_single_file
 from .components import (
+    HARMLESS,
     INDEX_NAME,
     LORA_NAME,
+    SETTINGS,
     component_files,
+    counted,
+    given_components,
+    is_setting,
     library_of,
     load_component,
     lora_file,
+    pipeline_class,
     published_class,
 )
+from .ip_adapter import (
+    load_ip_adapter,
+    prepare_ip_adapter_image_embeds,
+    set_ip_adapter_scale,
+    unload_ip_adapter,
+)
+from .run import call, generate, several
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Published class name -> module of this package that has the pipeline.
-PIPELINES: Mapping[str, str] = {
-    "StableDiffusionPipeline": "stable_diffusion",
-    "StableDiffusionXLPipeline": "stable_diffusion",
-    "LatentConsistencyModelPipeline": "stable_diffusion",
-}
 LORA_TARGETS = ("unet", "text_encoder", "text_encoder_2")
-# Keywords that people pass out of habit and that choose what is done here anyway.
-HARMLESS = ("use_safetensors", "low_cpu_mem_usage", "safety_checker_kwargs", "add_watermarker")
-CALLBACK_INPUTS = (
-    "latents",
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "add_text_embeds",
-    "add_time_ids",
-    "denoised",
-    "timestep_cond",
-)
-
-StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
-
-
-class PipelineOutput(NamedTuple):
-    """What a pipeline returns: ``images`` as ``output_type`` says, and the safety checker's verdicts, if any."""
-
-    images: Any
-    nsfw_content_detected: list[bool] | None = None
 
 
 class DiffusionPipeline:
     """Base of the pipelines, and the way to load one whose kind the repository itself names.
 
     Attributes:
-        component_names: the components in the order in which ``model_index.json`` lists them.
+        component_names: the components, in the order of the constructor's arguments.
+        control_argument: the argument of ``__call__`` that holds the ControlNets' pictures.
+        sized_by_model: the size, when none is asked for, is the model's own and not the start picture's.
     """
 
     component_names: ClassVar[tuple[str, ...]] = ()
+    control_argument: ClassVar[str] = "control_image"
+    sized_by_model: ClassVar[bool] = False
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL | AutoencoderTiny
     scheduler: Any
 
-    def __init__(self, **components: Any):
+    def __init_subclass__(cls) -> None:
+        names = list(inspect.signature(cls.__init__).parameters)[1:]
+        cls.component_names = tuple(name for name in names if name not in (*SETTINGS, *HARMLESS))
+
+    def _assemble(self, arguments: Mapping[str, Any]) -> None:
+        """Take the components and settings out of a constructor's ``arguments``."""
         for name in self.component_names:
-            setattr(self, name, components.get(name))
+            setattr(self, name, arguments.get(name))
+        self.settings = {name: arguments[name] for name in SETTINGS if name in arguments}
+        if arguments.get("add_watermarker"):
+            warn_unknown(f"{type(self).__name__} (no watermark is put into pictures)", {"add_watermarker": True})
         self._progress_options: dict[str, Any] = {}
         self._adapters: AdapterSet | None = None
         self._interrupt = False
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._windows: Windows | None = None
+        self._free_init: FreeInit | None = None
+        if arguments.get("motion_adapter") is not None:
+            attach_motion_(unwrap(self.unet), arguments["motion_adapter"])
 
     @classmethod
     def from_pretrained(
@@ -120,7 +125,7 @@ class DiffusionPipeline:
         where = {name: options.pop(name) for name in hub.OPTIONS if name in options}
         index = read_json(hub.fetch(source, lambda files: hub.required(files, INDEX_NAME), **where) / INDEX_NAME)
         target = pipeline_class(index.get("_class_name")) if cls is DiffusionPipeline else cls
-        given, known = _given(f"{cls.__name__}.from_pretrained", target, options)
+        given, known = given_components(f"{cls.__name__}.from_pretrained", target, options)
         wanted = {
             name: entry[1]
             for name, entry in index.items()
@@ -133,8 +138,8 @@ class DiffusionPipeline:
             ],
             **where,
         )
-        given |= {name: value for name, value in index.items() if name in known - given.keys() and _is_setting(value)}
-        for name in _counted(list(wanted)):
+        given |= {name: value for name, value in index.items() if name in known - given.keys() and is_setting(value)}
+        for name in counted(list(wanted)):
             given[name] = load_component(folder / name, wanted[name], variant, dtype or torch_dtype)
         return target._complete(given)  # pyright: ignore[reportReturnType]
 
@@ -171,12 +176,12 @@ class DiffusionPipeline:
             ignore=ignore,
             dtype=dtype or torch_dtype,
             skip=tuple(options),
-            progress=_counted,
+            progress=counted,
             **where,
         )
         kind = "StableDiffusionXLPipeline" if "text_encoder_2" in parts else "StableDiffusionPipeline"
         target = pipeline_class(kind) if cls is DiffusionPipeline else cls
-        given, known = _given(f"{cls.__name__}.from_single_file", target, options)
+        given, known = given_components(f"{cls.__name__}.from_single_file", target, options)
         given = {name: value for name, value in parts.items() if name in known} | given
         if isinstance(given.get("scheduler"), Mapping):
             given["scheduler"] = load_scheduler(given["scheduler"]["_class_name"], given["scheduler"])
@@ -185,6 +190,21 @@ class DiffusionPipeline:
     @classmethod
     def _complete(cls, given: Mapping[str, Any]) -> Self:
         return cls(**dict.fromkeys(cls.component_names) | dict(given))
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
+        """A pipeline of this class that shares the components and the LoRAs of another; ``components`` replace some."""
+        return pipeline.as_pipeline(cls, **components)
+
+    def as_pipeline(self, target: type[Any], **components: Any) -> Any:
+        """This pipeline's components and LoRAs as a ``target``; see `from_pipe`."""
+        shared = self.components | self.settings
+        given, known = given_components(f"{target.__name__}.from_pipe", target, components)
+        found = target._complete({name: value for name, value in shared.items() if name in known} | given)
+        # One set of LoRAs for one set of networks: two would undo each other's merges.
+        if all(getattr(found, name, None) is getattr(self, name, None) for name in LORA_TARGETS):
+            found._adapters = self.adapters
+        return found
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, variant: str | None = None) -> None:
         """Write all components and ``model_index.json``; diffusers and `from_pretrained` read the folder.
@@ -198,18 +218,13 @@ class DiffusionPipeline:
                 # Not the wrapper that torch.compile puts around a module.
                 component = getattr(component, "_orig_mod", component)
             index[name] = [library_of(component), published_class(component)]
-            if isinstance(component, CLIPTextModel | StableDiffusionSafetyChecker):
+            if isinstance(component, CLIPTextModel | CLIPVisionModelWithProjection | StableDiffusionSafetyChecker):
                 component.save_pretrained(folder / name, variant=variant, stem="model")
             elif isinstance(component, Model):
                 component.save_pretrained(folder / name, variant=variant)
             elif component is not None and not isinstance(component, nn.Module):
                 component.save_pretrained(folder / name)
         write_json(folder / INDEX_NAME, index | self.settings)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The entries of ``model_index.json`` that are no components."""
-        return {}
 
     @property
     def components(self) -> dict[str, Any]:
@@ -258,6 +273,16 @@ class DiffusionPipeline:
             adapters = self.adapters
             adapters.scale = scale
             adapters.apply()
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the run, for callbacks; they may set ``_guidance_scale``."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the run, for callbacks."""
+        return self._num_timesteps
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm's progress bars, such as ``disable=True``."""
@@ -361,6 +386,85 @@ class DiffusionPipeline:
         """Write a loaded LoRA in the layout that diffusers reads."""
         save_lora(Path(save_directory) / weight_name, self.adapters[adapter_name])
 
+    # IP-Adapter: names and meanings as in diffusers; the work is done in ip_adapter.py.
+
+    def load_ip_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        subfolder: str | None | Sequence[str | None],
+        weight_name: str | None | Sequence[str | None],
+        image_encoder_folder: str | None = "image_encoder",
+        **where: Any,
+    ) -> None:
+        """Load IP-Adapters; see `fourstroke.pipelines.ip_adapter.load_ip_adapter`."""
+        load_ip_adapter(
+            self, pretrained_model_name_or_path_or_dict, subfolder, weight_name, image_encoder_folder, **where
+        )
+
+    def set_ip_adapter_scale(self, scale: Any) -> None:
+        """Set how much the IP-Adapters count: one number, a list, or numbers by block."""
+        set_ip_adapter_scale(self, scale)
+
+    def unload_ip_adapter(self) -> None:
+        """Take all IP-Adapters out, and the image encoder with them."""
+        unload_ip_adapter(self)
+
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: Any,
+        ip_adapter_image_embeds: Sequence[Tensor] | None,
+        device: torch.device | str | None,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+    ) -> list[Tensor]:
+        """What can be passed as ``ip_adapter_image_embeds`` later; one tensor an adapter."""
+        return prepare_ip_adapter_image_embeds(
+            self,
+            ip_adapter_image,
+            ip_adapter_image_embeds,
+            device,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+        )
+
+    # Animation.
+
+    def enable_free_noise(
+        self,
+        context_length: int | None = 16,
+        context_stride: int = 4,
+        weighting_scheme: str = "pyramid",
+        noise_type: str = "shuffle_context",
+    ) -> None:
+        """Paint animations in windows of ``context_length`` frames (default: the adapter's limit); see `Windows`.
+
+        The whole network runs window by window, in one window's memory; diffusers windows temporal attention alone.
+        """
+        most = self._parts().motion_frames or 16
+        self._windows = Windows(context_length or most, context_stride, weighting_scheme, noise_type)
+
+    def disable_free_noise(self) -> None:
+        """Undo `enable_free_noise`."""
+        self._windows = None
+
+    def enable_free_init(
+        self,
+        num_iters: int = 3,
+        use_fast_sampling: bool = False,
+        method: str = "butterworth",
+        order: int = 4,
+        spatial_stop_frequency: float = 0.25,
+        temporal_stop_frequency: float = 0.25,
+    ) -> None:
+        """Repaint animations from noise that keeps their low frequencies; see `FreeInit`."""
+        self._free_init = FreeInit(
+            num_iters, use_fast_sampling, method, order, spatial_stop_frequency, temporal_stop_frequency
+        )
+
+    def disable_free_init(self) -> None:
+        """Undo `enable_free_init`."""
+        self._free_init = None
+
     # One request.
 
     def _parts(self) -> Components:
@@ -378,9 +482,11 @@ class DiffusionPipeline:
             tokenizers=[tokenizer for tokenizer, _ in present],
             text_encoders=[encoder for _, encoder in present],
             force_zeros_for_empty_prompt=bool(self.settings.get("force_zeros_for_empty_prompt")),
+            requires_aesthetics_score=bool(self.settings.get("requires_aesthetics_score")),
+            controlnets=several(getattr(self, "controlnet", None), "nets"),
+            t2i_adapters=several(getattr(self, "adapter", None), "adapters"),
         )
 
-    @torch.no_grad()
     def generate(
         self,
         request: GenerateRequest,
@@ -388,121 +494,15 @@ class DiffusionPipeline:
         on_step: Callable[[DenoiseState], None] | None = None,
         decode_denoised: bool = False,
     ) -> GenerateResult:
-        """Run one request.
+        """Run one request; see `fourstroke.pipelines.run.generate`."""
+        return generate(self, request, on_step=on_step, decode_denoised=decode_denoised)
 
-        Args:
-            request: what to paint.
-            on_step: called after each step; it may change the state.
-            decode_denoised: decode the last estimate of the clean latents instead of the last latents.
-        """
-        self.merge_adapters(request.lora_scale)
-        parts = self._parts()
-        state = prepare(parts, request)
-        self._interrupt = False
-        with _bar(len(state.timesteps), self._progress_options) as bar:
-            for _ in denoise(parts, state):
-                if on_step is not None:
-                    on_step(state)
-                bar.update()
-                if self._interrupt:
-                    break
-        latents = state.denoised if decode_denoised and state.denoised is not None else state.latents
-        if request.output_type == "latent":
-            return self._result(latents, None, request)
-        pictures, flags = self._check_safety(decode(parts.vae, latents, upcast=parts.xl))
-        return self._result(postprocess(pictures, request.output_type), flags, request)
-
-    def _result(self, images: Any, flags: list[bool] | None, request: GenerateRequest) -> GenerateResult:
-        drawn = request.generator is None and request.seed is not None
-        seeds = tuple(range(request.seed or 0, (request.seed or 0) + request.batch_size)) if drawn else None
-        return GenerateResult(images, seeds, flags, request)
-
-    def _check_safety(self, pictures: Tensor) -> tuple[Tensor, list[bool] | None]:
-        checker, extractor = getattr(self, "safety_checker", None), getattr(self, "feature_extractor", None)
-        if checker is None:
-            return pictures, None
-        if extractor is None:
-            raise ValueError(
-                "A safety_checker needs a feature_extractor; load both, or pass safety_checker=None for none."
-            )
-        inputs = extractor(postprocess(pictures, "pil"), return_tensors="pt").pixel_values
-        # Keywords, so that a user's own function with diffusers' arguments works as well.
-        _, flags = checker(images=postprocess(pictures, "np"), clip_input=inputs.to(pictures.device, pictures.dtype))
-        keep = torch.tensor([not flag for flag in flags], device=pictures.device)
-        return torch.where(keep[:, None, None, None], pictures, -torch.ones_like(pictures)), flags
-
-    def _call(
-        self,
-        request: GenerateRequest,
-        *,
-        cross_attention_kwargs: Mapping[str, Any] | None,
-        callback: StepCallback | None,
-        callback_inputs: Sequence[str],
-        return_dict: bool,
-        unknown: Mapping[str, Any],
-        decode_denoised: bool = False,
-    ) -> PipelineOutput | tuple[Any, ...]:
-        """The end that all ``__call__`` methods share: diffusers' callbacks and outputs around `generate`."""
-        warn_unknown(f"{type(self).__name__}.__call__", unknown)
-        options = dict(cross_attention_kwargs or {})
-        request = dataclasses.replace(request, lora_scale=float(options.pop("scale", 1.0)))
-        warn_unknown("cross_attention_kwargs", options)
-        for name in callback_inputs if callback is not None else ():
-            if name not in CALLBACK_INPUTS:
-                raise ValueError(
-                    f"callback_on_step_end_tensor_inputs names {name!r}; it may name {', '.join(CALLBACK_INPUTS)}."
-                )
-
-        def on_step(state: DenoiseState) -> None:
-            assert callback is not None and state.timestep is not None
-            tensors = {name: getattr(state, name) for name in callback_inputs}
-            for name, value in (callback(self, state.index, state.timestep, tensors) or {}).items():
-                if name in CALLBACK_INPUTS:
-                    setattr(state, name, value)
-
-        result = self.generate(request, on_step=None if callback is None else on_step, decode_denoised=decode_denoised)
-        output = PipelineOutput(result.images, result.nsfw_content_detected)
-        return output if return_dict else tuple(output)
-
-
-def pipeline_class(name: str | None) -> type[DiffusionPipeline]:
-    """The pipeline whose published class name is ``name``.
-
-    Raises:
-        ValueError: there is none; the message lists those that there are.
-    """
-    if name is None or name not in PIPELINES:
-        raise ValueError(
-            f"The repository's pipeline is {name!r}, which is not supported. Supported: {', '.join(PIPELINES)}."
-        )
-    return getattr(importlib.import_module(f"{__package__}.{PIPELINES[name]}"), name)
-
-
-def _given(where: str, target: type[DiffusionPipeline], options: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """The components among ``options``, and the names that ``target`` takes; what is neither warns."""
-    known = set(inspect.signature(target.__init__).parameters) - {"self"}
-    warn_unknown(where, {name: value for name, value in options.items() if name not in known and name not in HARMLESS})
-    return {name: value for name, value in options.items() if name in known}, known
-
-
-def _is_setting(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str)
+    def _run(self, arguments: Mapping[str, Any], *, decode_denoised: bool = False, **fields: Any) -> Any:
+        """What all ``__call__`` methods do with their ``arguments``; see `fourstroke.pipelines.run.call`."""
+        return call(self, arguments, decode_denoised=decode_denoised, **fields)
 
 
 def _check_device(device: torch.device) -> None:
     available = {"cpu": True, "meta": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.type, True):
         raise RuntimeError(f'There is no {device.type!r} device here; use .to("cpu").')
-
-
-def _counted(names: list[str]) -> Iterable[str]:
-    """``names``, with a progress bar over them."""
-    from tqdm.auto import tqdm
-
-    return tqdm(names, desc="Loading pipeline components")
-
-
-def _bar(total: int, options: Mapping[str, Any]) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, **options)
