@@ -449,30 +449,6 @@ def pipelines(family: str, cache: Path) -> tuple[Any, Any]:
     return mine, theirs
 
 
-@torch.no_grad()
-def denoised(pipe: Any, latents: Tensor, guidance: float, count: int, **pictures: Any) -> Tensor:
-    """The latents that a plain sampling loop leaves."""
-    guided, xl = guidance > 1, pipe.unet.config.addition_embed_type is not None
-    text = {"negative_prompt": NEGATIVE, "num_images_per_prompt": count, "do_classifier_free_guidance": guided}
-    positive, negative, *pooled = pipe.encode_prompt(PROMPT, device="cpu", **text)
-    rows = torch.cat([negative, positive]) if guided else positive
-    added = None
-    if xl:
-        embeds = torch.cat(pooled[::-1]) if guided else pooled[0]
-        added = {"text_embeds": embeds, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(len(rows), 1)}
-    names = ("ip_adapter_image", "ip_adapter_image_embeds")
-    tokens = image_tokens(pipe, *(pictures.get(name) for name in names), count, guided)
-    pipe.scheduler.set_timesteps(STEPS)
-    for timestep in pipe.scheduler.timesteps:
-        inputs = torch.cat([latents] * 2) if guided else latents
-        noise = pipe.unet(inputs, timestep, rows, added_cond_kwargs=added, image_tokens=tokens)
-        if guided:
-            none, some = noise.chunk(2)
-            noise = none + guidance * (some - none)
-        latents = pipe.scheduler.step(noise, timestep, latents, return_dict=False)[0]
-    return latents
-
-
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize(("family", "kinds"), [("sd15", ["plain"]), ("sd15", ["plus"]), ("xl", ["plain", "plus"])])
@@ -485,17 +461,40 @@ def test_pictures(family: str, kinds: list[str], guidance: float, tmp_path: Path
     call |= {"num_inference_steps": STEPS, "guidance_scale": guidance, "output_type": "latent"}
     alone = theirs(**call).images
     weights = [f"{kind}.safetensors" for kind in kinds]
-    load_ip_adapter(mine, tmp_path / "ip", "models", weights)
-    theirs.load_ip_adapter(tmp_path / "ip", "models", weights)
     scale = [0.6 + 0.3 * i for i in range(len(kinds))]
-    set_ip_adapter_scale(mine, scale)
-    theirs.set_ip_adapter_scale(scale)
+    for pipe in (mine, theirs):
+        pipe.load_ip_adapter(tmp_path / "ip", "models", weights)
+        pipe.set_ip_adapter_scale(scale)
     pixels = [torch.randn(1 + i, 3, 28, 28) for i in range(len(kinds))]
-    found = denoised(mine, latents, guidance, 2, ip_adapter_image=pixels)
-    expected = theirs(**call, ip_adapter_image=pixels).images
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    found, expected = (pipe(**call, ip_adapter_image=pixels).images for pipe in (mine, theirs))
+    assert_same_latents(found, expected)
     assert moved(expected, alone)
-    given = theirs.prepare_ip_adapter_image_embeds(pixels, None, "cpu", 1, guidance > 1)
-    assert_close(denoised(mine, latents, guidance, 2, ip_adapter_image_embeds=given), found)
-    unload_ip_adapter(mine)
-    torch.testing.assert_close(denoised(mine, latents, guidance, 2), alone, rtol=1e-4, atol=1e-4)
+    given = mine.prepare_ip_adapter_image_embeds(pixels, None, "cpu", 1, guidance > 1)
+    assert_close(mine(**call, ip_adapter_image_embeds=given).images, found)
+    with pytest.raises(ValueError, match="but no pictures for them"):
+        mine(**call)
+    mine.unload_ip_adapter()
+    assert_same_latents(mine(**call).images, alone)
+
+
+def assert_same_latents(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
+def test_a_pipeline_with_an_image_encoder_is_saved_and_read(tmp_path: Path) -> None:
+    mine, theirs = pipelines("xl", tmp_path / "model")
+    repository(tmp_path / "ip", {"plain.safetensors": adapter(theirs.unet, "plain")}, ("image_encoder",))
+    mine.load_ip_adapter(tmp_path / "ip", None, "plain.safetensors")
+    mine.save_pretrained(tmp_path / "saved")
+    again, read = (
+        library.DiffusionPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.float32)
+        for library in (fourstroke, diffusers)
+    )
+    pixels = torch.randn(2, 3, 28, 28)
+    expected = mine.image_encoder(pixels).pooled
+    assert torch.equal(again.image_encoder(pixels).pooled, expected)
+    with torch.no_grad():
+        assert_close(read.image_encoder(pixels).image_embeds, expected)
+    assert again.feature_extractor == mine.feature_extractor
+    assert again.unet.state_dict().keys() == read.unet.state_dict().keys()
