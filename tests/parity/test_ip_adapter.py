@@ -51,6 +51,7 @@ from .image_prompts import (
 )
 from .lora_files import World
 from .oracles import assert_close
+from .test_motion import FRAMES, VIDEOS, Pair
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +187,20 @@ def test_half_precision() -> None:
     torch.testing.assert_close(double.float(), expected, rtol=1e-4, atol=1e-4)
     attach_ip_adapters_(unet, [read_ip_adapter(nested)])
     assert {buffer.dtype for buffer in unet.buffers()} == {torch.float64}
+
+
+def test_animation(tmp_path: Path) -> None:
+    """All frames of an animation see its picture; motion modules are passed over in the numbering."""
+    pair = Pair("v2", tmp_path)
+    nested = adapter(World("sd15").pipe.unet, "plain")
+    alone = pair.result()
+    pair.oracle._load_ip_adapter_weights([nested])
+    attach_ip_adapters_(pair.unet, [read_ip_adapter(nested)])
+    given = embeds("plain", rows=VIDEOS)
+    tokens = [one.repeat_interleave(FRAMES, dim=0) for one in project(pair.unet, [given])]
+    expected = pair.expected(added_cond_kwargs={"image_embeds": [given]})
+    assert_close(pair.result(image_tokens=tokens), expected)
+    assert moved(expected, alone)
 
 
 # Pictures
