@@ -60,10 +60,11 @@ def picture_size(parts: Components, request: GenerateRequest) -> tuple[int, int]
 
 
 def _picture_size(parts: Components, request: GenerateRequest, factor: int) -> tuple[int, int]:
-    if request.image is not None and not _is_latent(request.image):
-        return default_size(request.image, factor)
-    if _is_latent(request.image):
-        return request.image.shape[-2] * factor, request.image.shape[-1] * factor
+    image: Any = request.image
+    if _is_latent(image):
+        return image.shape[-2] * factor, image.shape[-1] * factor
+    if image is not None:
+        return default_size(image, factor)
     if request.controls:
         return default_size(request.controls[0].image, factor)
     if request.adapters:
@@ -201,22 +202,30 @@ def encode_pictures(
     vae, frames, device = parts.vae, request.num_frames, parts.unet.device
     if pictures.shape[1] == 4:
         return with_frames(per_row(pictures.to(device, dtype), request, "picture"), frames)
-    chunk = request.decode_chunk_size if frames is not None else max(1, len(pictures))
-    several = isinstance(generator, Sequence) and frames is None
-    sampled = []
+    chunk = request.decode_chunk_size if frames is not None else len(pictures)
     with upcast(vae, parts.xl) as vae_dtype:
-        for part in pictures.split(chunk):
-            encoded = vae.encode(part.to(device, vae_dtype))
-            if isinstance(encoded, Tensor):
-                sampled.append(encoded)
-            elif several:
-                rows = [per_row(value, request, "picture") for value in (encoded.mean, encoded.logvar)]
-                sampled.append(DiagonalGaussian(*rows).sample(list(generator)))  # pyright: ignore[reportArgumentType]
-            else:
-                own = generator[0] if isinstance(generator, Sequence) else generator
-                sampled.append(encoded.sample(own))
-    latents = per_row(torch.cat(sampled).to(dtype), request, "picture")
+        encoded = [vae.encode(part.to(device, vae_dtype)) for part in pictures.split(chunk)]
+    latents = _sample(encoded, request, generator).to(dtype)
     return with_frames(_normalise(vae, latents), frames)
+
+
+def _sample(encoded: list[Any], request: GenerateRequest, generator: Generators) -> Tensor:
+    """A row of the batch each, (N F, 4, h, w): what a tiny VAE gave, or samples of what a full one gave."""
+
+    def draw(one: Any) -> Tensor:
+        return torch.cat([part if isinstance(part, Tensor) else part.sample(one) for part in encoded])
+
+    if not isinstance(generator, Sequence):
+        return per_row(draw(generator), request, "picture")
+    if request.num_frames is None and not isinstance(encoded[0], Tensor):
+        moments = [per_row(value, request, "picture") for value in (encoded[0].mean, encoded[0].logvar)]
+        return DiagonalGaussian(*moments).sample(list(generator))
+    if request.num_frames is None:
+        return per_row(draw(None), request, "picture")
+    # One animation after the other, each with its own generator.
+    frames = request.num_frames
+    rows = (per_row(draw(own), request, "picture") for own in generator)
+    return torch.cat([row[i * frames : (i + 1) * frames] for i, row in enumerate(rows)])
 
 
 def _normalise(vae: VAE, latents: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class DiffusionPipeline:
         self._windows: Windows | None = None
         self._free_init: FreeInit | None = None
         if arguments.get("motion_adapter") is not None:
-            attach_motion_(unwrap(self.unet), arguments["motion_adapter"])
+            attach_motion_(cast(UNet2DConditionModel, unwrap(self.unet)), arguments["motion_adapter"])
 
     @classmethod
     def from_pretrained(
