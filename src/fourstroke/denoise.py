@@ -84,6 +84,24 @@ class DenoiseState:
         """Frames of an animation; 1 for pictures."""
         return self.latents.shape[2] if self.latents.ndim == 5 else 1
 
+    def stop_guiding(self) -> None:
+        """Run without guidance from the next step on: drop the unconditional half of whatever still has it."""
+        rows = len(self.latents) * self.frames
+
+        def half(values: Any) -> Any:
+            return values if values is None or len(values) != 2 * rows else values.chunk(2)[1]
+
+        self.guided = False
+        self.prompt_embeds = half(self.prompt_embeds)
+        self.add_text_embeds, self.add_time_ids = half(self.add_text_embeds), half(self.add_time_ids)
+        self.image_tokens = tuple(half(tokens) for tokens in self.image_tokens)
+        self.steering = [
+            dataclasses.replace(
+                steering, condition=half(steering.condition), features=tuple(half(value) for value in steering.features)
+            )
+            for steering in self.steering
+        ]
+
 
 def make_schedule(scheduler: Any, request: GenerateRequest, device: torch.device) -> Tensor:
     """Set the scheduler's timesteps for ``request`` and return those that run, (steps,) on ``device``.

@@ -238,3 +238,22 @@ def test_frames_that_nothing_can_relate_are_refused(animator: Any) -> None:
         painted(animator, **{**VIDEO, "controls": (Control(FRAMES[:3]),)})
     with pytest.raises(ValueError, match="1 <= stride <= length"):
         Windows(4, 5)
+
+
+def test_a_callback_may_end_guidance_with_everything_attached(pipe: Any) -> None:
+    def end(pipe: Any) -> Any:
+        def on_step(state: Any) -> None:
+            if state.index == 0:
+                pipe._guidance_scale = 1.0
+
+        return on_step
+
+    request = GenerateRequest(**{**ALL, "guidance_scale": 2.0, "mask_image": None, "strength": 1.0})
+    whole = pipe.generate(request).images
+    stopped = pipe.generate(request, on_step=end(pipe)).images
+    assert np.abs(stopped - whole).mean() >= EFFECT
+    # With guidance ended after the last step nothing changes.
+    late = pipe.generate(
+        request, on_step=lambda state: setattr(pipe, "_guidance_scale", 2.0 if state.index < 3 else 1.0)
+    )
+    np.testing.assert_array_equal(late.images, whole)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DownConfig: TypeAlias = UNetConfig | ControlNetConfig
 """What the way down and the middle are built from: a control network is a copy of these."""
 
-_ATTACHED = re.compile(r"\.motion_modules\.|\.attn2\.image\.|^image_projections\.")
+_ATTACHED = re.compile(r"\.motion_modules\.")
 """Names of tensors that other networks have put into the UNet's slots."""
 
 

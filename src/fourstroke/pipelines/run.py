@@ -68,7 +68,8 @@ def generate(
                 on_step(state)
                 if pipe._guidance_scale != state.guidance_scale:
                     state.guidance_scale = pipe._guidance_scale
-                    state.guided = parts.guided(state.guidance_scale)
+                    if state.guided and not parts.guided(state.guidance_scale):
+                        state.stop_guiding()
             bar.update()
             if pipe._interrupt:
                 break
