@@ -26,6 +26,12 @@ class DiagonalGaussian:
     mean: Tensor
     logvar: Tensor
 
+    @classmethod
+    def of(cls, moments: Tensor) -> DiagonalGaussian:
+        """The distribution with these ``moments``, see `AutoencoderKL.moments`."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30.0, 20.0))
+
     @property
     def std(self) -> Tensor:
         """Standard deviation, (N, C, h, w)."""
@@ -185,12 +191,39 @@ class AutoencoderKL(Model):
         """How many times smaller than the picture the latents are, a side (8 for the published models)."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
+    def moments(self, x: Tensor) -> Tensor:
+        """Pictures (N, 3, H, W) in [-1, 1] -> mean and log-variance of their latents, (N, 2 latent_channels, H/8, W/8)."""
+        h = self.encoder(x)
+        return h if self.quant_conv is None else self.quant_conv(h)
+
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Pictures (N, 3, H, W) in [-1, 1] -> the distribution of their latents, (N, latent_channels, H/8, W/8)."""
-        h = self.encoder(x)
-        mean, logvar = (h if self.quant_conv is None else self.quant_conv(h)).chunk(2, dim=1)
-        return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
+        return DiagonalGaussian.of(self.moments(x))
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (N, latent_channels, h, w) -> pictures (N, 3, 8h, 8w), about [-1, 1], not clamped."""
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+    # How it runs is put onto it from outside; only the names that people look for are here.
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Work through large pictures in overlapping tiles, in one tile's memory; see `fourstroke.runtime.tiling`."""
+        from ..runtime.tiling import set_pieces_
+
+        set_pieces_(self, tiling=use_tiling)
+
+    def disable_tiling(self) -> None:
+        """Undo `enable_tiling`."""
+        self.enable_tiling(False)
+
+    def enable_slicing(self) -> None:
+        """Work through a batch one picture at a time, in one picture's memory."""
+        from ..runtime.tiling import set_pieces_
+
+        set_pieces_(self, slicing=True)
+
+    def disable_slicing(self) -> None:
+        """Undo `enable_slicing`."""
+        from ..runtime.tiling import set_pieces_
+
+        set_pieces_(self, slicing=False)

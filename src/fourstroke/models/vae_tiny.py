@@ -99,3 +99,27 @@ class AutoencoderTiny(Model):
     def decode(self, z: Tensor) -> Tensor:
         """Latents (N, latent_channels, h, w) -> pictures (N, 3, 8h, 8w), about [-1, 1], not clamped."""
         return self.decoder(z)
+
+    # How it runs is put onto it from outside; only the names that people look for are here.
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Work through large pictures in overlapping tiles, in one tile's memory; see `fourstroke.runtime.tiling`."""
+        from ..runtime.tiling import set_pieces_
+
+        set_pieces_(self, tiling=use_tiling)
+
+    def disable_tiling(self) -> None:
+        """Undo `enable_tiling`."""
+        self.enable_tiling(False)
+
+    def enable_slicing(self) -> None:
+        """Work through a batch one picture at a time, in one picture's memory."""
+        from ..runtime.tiling import set_pieces_
+
+        set_pieces_(self, slicing=True)
+
+    def disable_slicing(self) -> None:
+        """Undo `enable_slicing`."""
+        from ..runtime.tiling import set_pieces_
+
+        set_pieces_(self, slicing=False)
