@@ -27,6 +27,8 @@ CONFIG_NAME = "config.json"
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 MAX_LISTED = 20
+# Of a file on the hub: the repository, the revision (if any) and the path in it.
+ADDRESS = r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:(?:blob|resolve)/([^/]+)/)?([^?]+)(?:\?.*)?"
 
 
 class WeightError(ValueError):
@@ -52,6 +54,36 @@ def refuse_pickle(path: str | os.PathLike[str]) -> None:
             "Convert it once, in an environment that you trust: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
         )
+
+
+def resolve_file(path: str | os.PathLike[str], **where: Any) -> Path:
+    """The local file that ``path`` names, downloaded when it is an address on the hub.
+
+    Args:
+        path: a file, or ``https://huggingface.co/owner/name/blob/main/folder/file.safetensors`` (``resolve`` for
+            ``blob``, and leaving both out with the revision, will do).
+        where: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a pickle.
+    """
+    refuse_pickle(path)
+    local = Path(path).expanduser()
+    if local.is_file():
+        return local
+    if local.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; load it with from_pretrained, or name the file in it.")
+    found = re.fullmatch(ADDRESS, str(path))
+    if found is None:
+        raise FileNotFoundError(
+            f"There is no file {str(path)!r}. Give a local .safetensors file or an address of the form "
+            "https://huggingface.co/owner/name/blob/main/file.safetensors; download others first."
+        )
+    repository, revision, name = found.groups()
+    refuse_pickle(name)
+    where = {**where, "revision": where.get("revision") or revision}
+    return hub.fetch(repository, lambda files: hub.required(files, name), **where) / name
 
 
 def open_tensors(path: Path) -> Any:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fourstroke import hub
-from fourstroke.loading import WeightError
+from fourstroke.loading import WeightError, resolve_file
 from fourstroke.models.clip import CLIPTextModel
 from fourstroke.models.unet import UNet2DConditionModel
 from fourstroke.models.vae import AutoencoderKL
@@ -28,7 +28,6 @@ from fourstroke.single_file import (
     load_single_file,
     load_unet_file,
     load_vae_file,
-    resolve_file,
 )
 from tests.parity import original_layout as original
 

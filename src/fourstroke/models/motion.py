@@ -6,15 +6,13 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import hub
 from ..config import MotionAdapterConfig, config_from_dict
-from ..loading import Model, WeightError, WeightSource, build, listed, refuse_pickle, warn_unknown
+from ..loading import Model, WeightError, WeightSource, build, listed, resolve_file, warn_unknown
 from .layers import Attention, FeedForward
 from .unet import UNet2DConditionModel
 
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
 
 SLOT = ".motion_modules."
 """What the names of all tensors of a motion adapter contain, in its own files and in a UNet."""
-
-_ADDRESS = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)(?:\?.*)?")
 
 
 def check_frames(frames: int, limit: int) -> None:
@@ -187,7 +183,7 @@ class MotionAdapter(Model):
             WeightError: a tensor is unknown, missing or of the wrong shape; all of them are named.
         """
         warn_unknown(f"{cls.__name__}.from_single_file", unknown)
-        file = _local_file(
+        file = resolve_file(
             path,
             revision=revision,
             token=token,
@@ -199,24 +195,6 @@ class MotionAdapter(Model):
         if isinstance(config, Mapping):
             config = config_from_dict(MotionAdapterConfig, config)
         return build(cls, config or config_of(source, str(file)), source, dtype=dtype or torch_dtype, where=str(file))
-
-
-def _local_file(path: str | os.PathLike[str], *, revision: str | None, **where: Any) -> Path:
-    """The file ``path``, downloaded when it is an address on the hub."""
-    refuse_pickle(path)
-    local = Path(path).expanduser()
-    if local.is_file():
-        return local
-    found = _ADDRESS.fullmatch(str(path))
-    if found is None:
-        raise FileNotFoundError(
-            f"There is no file {str(path)!r}. Give a local .safetensors file or an address of the form "
-            "https://huggingface.co/owner/name/blob/main/file.safetensors; folders are loaded with from_pretrained."
-        )
-    repository, commit, name = found.groups()
-    refuse_pickle(name)
-    folder = hub.fetch(repository, lambda files: hub.required(files, name), revision=revision or commit, **where)
-    return folder / name
 
 
 def config_of(source: WeightSource, where: str = "the file") -> MotionAdapterConfig:

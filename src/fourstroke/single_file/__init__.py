@@ -5,7 +5,7 @@ from the configuration; a tensor that no table knows is an error, unless `IGNORE
 stay in the memory-mapped file; only where the layouts differ in shape does a small function adapt them.
 """
 
-from .assets import clip_tokenizer, clip_vocabulary, config_folder, families, resolve_file
+from .assets import clip_tokenizer, clip_vocabulary, config_folder, families
 from .detect import IGNORED, SingleFile, infer_family, infer_prediction_type
 from .load import load_controlnet_file, load_network_file, load_single_file, load_unet_file, load_vae_file
 
@@ -23,5 +23,4 @@ __all__ = [
     "load_single_file",
     "load_unet_file",
     "load_vae_file",
-    "resolve_file",
 ]

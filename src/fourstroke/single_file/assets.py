@@ -1,57 +1,24 @@
-"""What a single file lacks: the configurations and CLIP's vocabulary, shipped in ``configs/``; and where files are."""
+"""What a single file lacks: the configurations and CLIP's vocabulary, shipped in ``configs/``."""
 
 from __future__ import annotations
 
 import gzip
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..loading import CONFIG_NAME, read_json, refuse_pickle
+from ..loading import CONFIG_NAME, read_json
 from ..text import END, START, Tokenizer
 from ..text import FILES as TOKENIZER_FILES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 INDEX_NAME = "model_index.json"
-# Of a file on the hub: the repository, the revision (if any) and the path in it.
-ADDRESS = r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:(?:blob|resolve)/([^/]+)/)?([^?]+)(?:\?.*)?"
 
 
 def families() -> list[str]:
     """The families whose configurations are shipped, such as ``sd15`` and ``sdxl``."""
     return sorted(path.parent.name for path in CONFIGS.glob("*/model_index.json"))
-
-
-def resolve_file(path: str | os.PathLike[str], **where: Any) -> Path:
-    """The local file that ``path`` names, downloaded when it is an address on the hub.
-
-    Args:
-        path: a file, or ``https://huggingface.co/owner/name/blob/main/folder/file.safetensors`` (``resolve`` for
-            ``blob``, and leaving both out with the revision, will do).
-        where: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is a pickle.
-    """
-    refuse_pickle(path)
-    local = Path(path).expanduser()
-    if local.is_file():
-        return local
-    if local.is_dir():
-        raise FileNotFoundError(f"{path} is a folder; load it with from_pretrained, or name the file in it.")
-    found = re.fullmatch(ADDRESS, str(path))
-    if found is None:
-        raise FileNotFoundError(
-            f"There is no file {str(path)!r}. Give a local .safetensors file or an address of the form "
-            "https://huggingface.co/owner/name/blob/main/file.safetensors; download others first."
-        )
-    repository, revision, name = found.groups()
-    refuse_pickle(name)
-    where = {**where, "revision": where.get("revision") or revision}
-    return hub.fetch(repository, lambda files: hub.required(files, name), **where) / name
 
 
 def config_folder(config: str | os.PathLike[str], **where: Any) -> Path:

@@ -12,12 +12,12 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ..config import Config, ControlNetConfig, UNetConfig, config_from_dict
-from ..loading import CONFIG_NAME, Model, WeightError, WeightSource, build, listed, read_json
+from ..loading import CONFIG_NAME, Model, WeightError, WeightSource, build, listed, read_json, resolve_file
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.controlnet import ControlNetModel, control_config
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
-from .assets import INDEX_NAME, clip_vocabulary, config_folder, resolve_file, tokenizer_of
+from .assets import INDEX_NAME, clip_vocabulary, config_folder, tokenizer_of
 from .detect import (
     FAMILIES,
     PREDICTION_TYPES,
