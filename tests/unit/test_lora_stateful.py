@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -16,24 +18,40 @@ COMPONENTS = ("unet", "text_encoder")
 NAMES = st.sampled_from(["a", "b", "c"])
 WEIGHTS = st.sampled_from([-0.5, 0.0, 0.3, 1.0, 2.0])
 PARTS = st.sampled_from([None, ["unet"], ["text_encoder"], ["unet", "text_encoder"]])
+# One rule with all operations: of several rules hypothesis leaves most out of any one run.
+OPERATIONS = st.one_of(
+    st.tuples(st.just("load"), NAMES, st.integers(0, 4)),
+    st.tuples(st.just("load"), NAMES, st.integers(0, 4)),
+    st.tuples(st.just("choose"), st.lists(NAMES, unique=True), st.lists(WEIGHTS, min_size=3, max_size=3)),
+    st.tuples(st.just("fuse"), WEIGHTS, PARTS),
+    st.tuples(st.just("unfuse"), PARTS),
+    st.tuples(st.just("delete"), NAMES),
+    st.tuples(st.just("unload")),
+    st.tuples(st.just("switch"), st.booleans()),
+    st.tuples(st.just("rescale"), WEIGHTS),
+)
 
 
 def make_lora(index: int) -> Lora:
-    """One of three: of the UNet, of the text encoder, of both."""
+    """Of the UNet, of the text encoder, of both, and so on."""
     model = toy()
     unet = lora(model, seed=10 * index).components["unet"]
     text = lora(model, seed=10 * index + 5, component="text_encoder").components["text_encoder"]
-    return Lora(str(index), [{"unet": unet}, {"text_encoder": text}, {"unet": unet, "text_encoder": text}][index])
+    return Lora(str(index), [{"unet": unet}, {"text_encoder": text}, {"unet": unet, "text_encoder": text}][index % 3])
 
 
-LORAS = [make_lora(index) for index in range(3)]
+LORAS = [make_lora(index) for index in range(5)]
 
 
 class Sequence(RuleBasedStateMachine):
     """Drives an `AdapterSet` and a plain account of what should act: fused and active entries a component."""
 
-    @initialize(dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    def start(self, dtype: torch.dtype) -> None:
+    @initialize(
+        dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+        weights=st.lists(WEIGHTS, min_size=3, max_size=3),
+    )
+    def start(self, dtype: torch.dtype, weights: list[float]) -> None:
+        """Three adapters act at first, or else many runs would hardly load any."""
         self.models = {"unet": toy(dtype, 1), "text_encoder": toy(dtype, 2)}
         self.base: dict[str, dict[str, Tensor]] = {part: snapshot(model) for part, model in self.models.items()}
         self.adapters = AdapterSet(self.models)
@@ -41,22 +59,43 @@ class Sequence(RuleBasedStateMachine):
         self.weight: dict[tuple[str, str], float] = {}
         self.active: dict[str, list[str]] = {part: [] for part in COMPONENTS}
         self.fused: dict[str, list[tuple[Lora, float]]] = {part: [] for part in COMPONENTS}
-        self.enabled, self.scale, self.applied = True, 1.0, False
+        self.enabled, self.scale = True, 1.0
+        for index, name in enumerate("abc"):
+            self.load(name, index)
+        self.choose(["b", "c", "a"], weights)
+
+    @rule(operation=OPERATIONS, look=st.booleans())
+    def do(self, operation: tuple[Any, ...], look: bool) -> None:
+        """One operation, and a look at the weights or none: what is noted may be applied now or later."""
+        name, *arguments = operation
+        getattr(self, name)(*arguments)
+        if look:
+            self.apply()
 
     def within(self, part: str) -> list[str]:
         return [name for name, loaded in self.loaded.items() if part in loaded.components]
 
-    @rule(name=NAMES, index=st.integers(0, 2))
     def load(self, name: str, index: int) -> None:
-        if name in self.loaded or LORAS[index] in self.loaded.values():
+        if LORAS[index] in self.loaded.values():
             return
-        self.adapters.add(name, LORAS[index])
+        replaces, acting = name in self.loaded, any(name in active for active in self.active.values())
+        self.adapters.add(name, LORAS[index], hotswap=replaces)
         self.loaded[name] = LORAS[index]
         for part in LORAS[index].components:
-            self.weight[part, name] = 1.0
-            self.active[part] = [name]
+            self.weight.setdefault((part, name), 1.0)
+            if not replaces:
+                self.active[part] = [name]
+            elif acting and name not in self.active[part]:
+                self.active[part].append(name)
+        self.drop_stale()
 
-    @rule(names=st.lists(NAMES, unique=True), weights=st.lists(WEIGHTS, min_size=3, max_size=3))
+    def drop_stale(self) -> None:
+        """Forget what is not loaded; where nothing acts any more, the oldest adapter does."""
+        self.weight = {(part, name): w for (part, name), w in self.weight.items() if name in self.within(part)}
+        for part, active in self.active.items():
+            kept = [name for name in active if name in self.within(part)]
+            self.active[part] = kept or self.within(part)[:1] if active else []
+
     def choose(self, names: list[str], weights: list[float]) -> None:
         names = [name for name in names if name in self.loaded]
         self.adapters.set(names, weights[: len(names)])
@@ -66,7 +105,6 @@ class Sequence(RuleBasedStateMachine):
             for part in self.loaded[name].components:
                 self.weight[part, name] = weight
 
-    @rule(scale=WEIGHTS, parts=PARTS)
     def fuse(self, scale: float, parts: list[str] | None) -> None:
         self.adapters.fuse(scale=scale, components=parts)
         for part in parts or COMPONENTS:
@@ -74,38 +112,29 @@ class Sequence(RuleBasedStateMachine):
                 if all(entry is not self.loaded[name] for entry, _ in self.fused[part]):
                     self.fused[part].append((self.loaded[name], self.weight[part, name] * scale))
 
-    @rule(parts=PARTS)
     def unfuse(self, parts: list[str] | None) -> None:
         self.adapters.unfuse(parts)
         for part in parts or COMPONENTS:
             self.fused[part] = []
 
-    @rule(name=NAMES)
     def delete(self, name: str) -> None:
         if name not in self.loaded:
             return
         self.adapters.delete(name)
         del self.loaded[name]
-        for part in COMPONENTS:
-            if name in self.active[part]:
-                self.active[part].remove(name)
-                self.active[part] = self.active[part] or self.within(part)[:1]
+        self.drop_stale()
 
-    @rule()
     def unload(self) -> None:
         self.adapters.clear()
-        self.loaded, self.active, self.enabled = {}, {part: [] for part in COMPONENTS}, True
+        self.loaded, self.weight, self.active, self.enabled = {}, {}, {part: [] for part in COMPONENTS}, True
 
-    @rule(enabled=st.booleans())
     def switch(self, enabled: bool) -> None:
         (self.adapters.enable if enabled else self.adapters.disable)()
         self.enabled = enabled
 
-    @rule(scale=WEIGHTS)
     def rescale(self, scale: float) -> None:
         self.adapters.scale = self.scale = scale
 
-    @rule()
     def apply(self) -> None:
         self.adapters.apply()
         assert self.adapters.apply() == 0
