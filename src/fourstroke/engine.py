@@ -1,83 +1,141 @@
-"""The engine: one pipeline, ready for few-step requests."""
+"""The engine: one pipeline, set up for few steps, that serves every kind of request and loads what a request names."""
 
 from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-from . import hub
+from . import hub, schedulers
 from .denoise import DenoiseState
+from .families import IMAGE_ENCODERS, WEIGHTS, Base, family_of, look_at
+from .loading import Model
+from .lora.keys import unwrap
+from .models.controlnet import ControlNetModel
+from .models.ip_adapter import detach_ip_adapters_
+from .models.motion import MotionAdapter, attach_motion_
+from .models.t2i_adapter import T2IAdapter
+from .pipelines.components import lora_file
 from .pipelines.pipeline import DiffusionPipeline
-from .request import GenerateRequest, GenerateResult
-from .schedulers import LCMScheduler
+from .plan import make_plan, split_place
+from .request import Control, GenerateRequest, GenerateResult
 
-# Shipped models and the LCM-LoRA that was distilled for them.
-LCM_LORAS = {"emoji": "emoji/lcm-lora", "emoji/base": "emoji/lcm-lora"}
 MAX_SEED = 2**32
+IMAGE_ENCODER = "image_encoder"
 
-
-def parse_lora(text: str) -> tuple[str, float]:
-    """Split ``name:weight`` (``style.safetensors:0.8``); the weight is 1 when there is none.
-
-    Raises:
-        ValueError: what stands behind the colon is not a number.
-    """
-    name, colon, weight = text.rpartition(":")
-    # A colon in a Windows path or a URL is followed by a slash, not by a weight.
-    if not colon or weight[:1] in ("/", "\\"):
-        return text, 1.0
-    try:
-        return name, float(weight)
-    except ValueError:
-        raise ValueError(f"LoRA {text!r}: {weight!r} is not a number; write NAME:WEIGHT, such as {name}:0.8.") from None
+NetworkT = TypeVar("NetworkT", bound=Model)
 
 
 class Engine:
-    """A pipeline set up for few steps: LCM scheduler, the LCM-LoRA that fits, and style LoRAs.
+    """A pipeline set up for few steps, and whatever its requests name: control networks, adapters, motion.
+
+    What a request needs is loaded when it is first needed, and kept. Which scheduler runs, with how many steps, is told
+    by what is loaded: a LoRA, motion adapter or model that is known for few steps (Hyper-SD, Lightning, TCD, PCM, DMD2,
+    AnimateLCM, Turbo, a full LCM, …) runs as its authors run it; any other gets the LCM scheduler and its family's
+    LCM-LoRA.
 
     Args:
-        model: hub id, shipped name, folder or single-file checkpoint.
-        loras: LoRAs as ``name`` or ``name:weight``; for a shipped model its LCM-LoRA is added in front of them unless
-            ``lcm`` is False.
-        lcm: use the LCM scheduler (and, where it is known, the LCM-LoRA).
+        model: hub id, shipped name, folder or single-file checkpoint, or what `fourstroke.families.look_at` made of it.
+        loras: LoRAs as ``name`` or ``name:weight``: hub id, ``owner/name/path/in/it``, folder or file. Without a weight
+            it is 1, or what the LoRA's authors recommend.
+        lcm: set up for few steps. Otherwise the model's own scheduler runs, and no LoRA is added.
+        motion: motion adapter for animations; by default that of the model's family. With AnimateLCM's the scheduler
+            gets the linear betas that it was trained with, for pictures too.
+        scheduler: class in `fourstroke.schedulers` and its options, in place of the one that would be chosen.
         device: default the GPU if there is one.
         dtype: default float16 on a GPU and float32 on the CPU.
         options: further arguments of `DiffusionPipeline.from_pretrained`.
 
+    Attributes:
+        pipeline: what runs the requests.
+        plan: LoRAs and settings, see `fourstroke.plan.Plan`.
+        scheduler_options: those in which the scheduler differs from the model's configuration.
+
     Raises:
-        FileNotFoundError, ValueError: see `DiffusionPipeline.from_pretrained` and ``load_lora_weights``.
+        FileNotFoundError, ValueError: see `DiffusionPipeline.from_pretrained` and ``load_lora_weights``; or there is no
+            such device.
+
+    Warns:
+        float16 is asked for on a CPU, where float32 runs instead; or nothing is known that makes the model a few-step
+        one.
     """
 
     def __init__(
         self,
-        model: str = "emoji",
+        model: str | Base = "emoji",
         *,
         loras: Sequence[str] = (),
         lcm: bool = True,
+        motion: str | None = None,
+        scheduler: tuple[str, Mapping[str, Any]] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ):
-        wanted = [parse_lora(text) for text in loras]
-        if lcm and model in LCM_LORAS and LCM_LORAS[model] not in [name for name, _ in wanted]:
-            wanted.insert(0, (LCM_LORAS[model], 1.0))
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-        self.model = model
-        self.pipeline = load_pipeline(model, torch_dtype=dtype, **options).to(device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        if lcm:
-            self.pipeline.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
-        self.loras = wanted
+        device, dtype = where_to_run(device, dtype)
         where = {name: options[name] for name in hub.OPTIONS if name in options}
-        for i, (name, _) in enumerate(wanted):
-            self.pipeline.load_lora_weights(name, adapter_name=f"lora_{i}", **where)
-        if wanted:
-            self.pipeline.set_adapters([f"lora_{i}" for i in range(len(wanted))], [weight for _, weight in wanted])
+        self.base = model if isinstance(model, Base) else look_at(model, options.get("config"), **where)
+        # A revision is the model's, not that of what is added to it.
+        self._where = {name: value for name, value in where.items() if name != "revision"}
+        self._variant = options.get("variant")
+        self.plan = make_plan(self.base, loras, lcm=lcm, motion=motion, where=self._where)
+        self.pipeline = load_pipeline(self.base.name, torch_dtype=dtype, **options).to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self._networks: dict[tuple[str, str], Any] = {}
+        self._image_prompts: tuple[str, ...] = ()
+        self._image_encoder = IMAGE_ENCODER
+        self._set_scheduler(scheduler)
+        self._load_loras()
+
+    @property
+    def _unet(self) -> Any:
+        """The UNet, without the wrapper that torch.compile puts around it."""
+        return unwrap(self.pipeline.unet)
+
+    def _set_scheduler(self, wanted: tuple[str, Mapping[str, Any]] | None) -> None:
+        plan, current = self.plan, self.pipeline.scheduler
+        kind, options = type(current), {}
+        if wanted is not None:
+            kind, options = getattr(schedulers, wanted[0]), dict(wanted[1])
+            if plan.settings is not None:
+                # Timesteps and eta were recommended for the scheduler that is not used.
+                settings = dataclasses.replace(plan.settings, timesteps=None, eta=0.0)
+                self.plan = dataclasses.replace(plan, settings=settings)
+        elif plan.settings is not None:
+            kind, options = getattr(schedulers, plan.settings.scheduler), dict(plan.settings.scheduler_options)
+        if plan.betas is not None:
+            options["beta_schedule"] = plan.betas
+        self.scheduler_options = options
+        if kind is not type(current) or options:
+            self.pipeline.scheduler = kind.from_config(current.config, **options)
+
+    def _load_loras(self) -> None:
+        files = self.plan.loras
+        if any(file.moves for file in files):
+            self._attach_motion()
+        names = [f"lora_{i}" for i in range(len(files))]
+        for name, file in zip(names, files, strict=True):
+            self.pipeline.load_lora_weights(file.path, adapter_name=name)
+        if files:
+            self.pipeline.set_adapters(names, [file.weight for file in files])
+
+    def request(self, prompt: Any, **fields: Any) -> GenerateRequest:
+        """A request for ``prompt`` with these ``fields``; steps, guidance and such are as what is loaded wants them.
+
+        Raises:
+            ValueError, TypeError: see `GenerateRequest`.
+        """
+        settings, values = self.plan.settings, {}
+        if settings is not None:
+            for name in ("num_inference_steps", "guidance_scale", "eta"):
+                values[name] = getattr(settings, name)
+            if settings.timesteps and not fields.keys() & {"num_inference_steps", "timesteps", "sigmas"}:
+                values["timesteps"] = settings.timesteps
+        return GenerateRequest(**{"prompt": prompt, **values, **fields})
 
     def generate(
         self,
@@ -88,8 +146,13 @@ class Engine:
     ) -> GenerateResult:
         """Paint one request.
 
+        Networks go by name: ``Control(image, model="canny")``, where the name is a short one of the model's family
+        (see `fourstroke.families`), a hub id, a folder or a file. Pictures for IP-Adapters may be such controls too, to
+        give them a scale and a model; the others are seen by the family's usual IP-Adapter, at scale 1.
+
         Args:
-            request: a `GenerateRequest`, or a prompt and the request's other fields as keywords.
+            request: a `GenerateRequest`, or a prompt and the request's other fields as keywords; `Engine.request` says
+                what those that are left out are.
             on_step: called after each step.
 
         Returns:
@@ -97,18 +160,151 @@ class Engine:
 
         Raises:
             ValueError, TypeError: the request breaks a rule; nothing has run by then.
+            FileNotFoundError: a network that it names is not to be found.
         """
         if isinstance(request, GenerateRequest):
             request = dataclasses.replace(request, **fields)
         else:
-            request = GenerateRequest(prompt=request, **fields)
+            request = self.request(request, **fields)
         if request.seed is None and request.generator is None:
             request = dataclasses.replace(request, seed=secrets.randbelow(MAX_SEED))
-        return self.pipeline.generate(request, on_step=on_step)
+        request = self.load(request)
+        settings = self.plan.settings
+        with warnings.catch_warnings():
+            if settings is not None and settings.timesteps == request.timesteps:
+                # They are the ones that the network was distilled on, whatever the scheduler thinks of them.
+                warnings.filterwarnings("ignore", message="The custom timesteps")
+            return self.pipeline.generate(request, on_step=on_step)
+
+    def load(self, request: GenerateRequest) -> GenerateRequest:
+        """Load what ``request`` names and is not there yet, as `generate` does first.
+
+        Returns:
+            The request as the pipeline takes it.
+
+        Raises:
+            ValueError, FileNotFoundError: see `generate`.
+        """
+        self.base.check(request)
+        if request.num_frames is not None:
+            self._attach_motion()
+        pipe: Any = self.pipeline
+        pipe.controlnet = [self._network(ControlNetModel, "ControlNet", control) for control in request.controls]
+        pipe.adapter = [self._network(T2IAdapter, "T2I-Adapter", control) for control in request.adapters]
+        return self._show_image_prompts(request)
+
+    def _network(self, cls: type[NetworkT], kind: str, control: Control) -> NetworkT:
+        place = self.base.family.find(kind, control.model)
+        if (kind, place) not in self._networks:
+            network = self._read(cls, kind, place)
+            check_fit(kind, place, network, self._unet)
+            self._networks[kind, place] = network.to(self.pipeline.device)
+        return self._networks[kind, place]
+
+    def _read(self, cls: type[NetworkT], kind: str, place: str) -> NetworkT:
+        source, inside = split_place(place)
+        dtype, where = self.pipeline.dtype, self._where
+        try:
+            if place.endswith(WEIGHTS):
+                return cls.from_single_file(lora_file(source, inside, None, where), dtype=dtype)
+            return cls.from_pretrained(source, subfolder=inside, variant=self._variant, dtype=dtype, **where)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{kind} {place}: {error}") from error
+        except TypeError as error:  # networks of this kind do not come in one file
+            raise ValueError(f"{kind} {place}: {error}") from error
+
+    def _attach_motion(self) -> None:
+        """Put the motion adapter into the UNet, once; LoRAs that change it must be loaded after it."""
+        if self.pipeline._parts().motion_frames is not None:
+            return
+        if self.plan.motion is None:
+            raise ValueError(f"There is no motion adapter known for {self.base.family.name}; name one: motion=….")
+        adapter = self._read(MotionAdapter, "Motion adapter", self.plan.motion)
+        attach_motion_(self._unet, adapter)
+
+    def _show_image_prompts(self, request: GenerateRequest) -> GenerateRequest:
+        """Attach the IP-Adapters that the request's pictures want, and no others; the request with pictures alone."""
+        given = request.ip_adapter_image
+        entries = [] if given is None else given if isinstance(given, list | tuple) else [given]
+        controls = [entry if isinstance(entry, Control) else Control(entry) for entry in entries]
+        models = [control.model for control in controls] or [None] * len(request.ip_adapter_image_embeds or ())
+        places = tuple(self.base.family.find("IP-Adapter", model) for model in models)
+        if places != self._image_prompts:
+            self._attach_image_prompts(places)
+        if not places:
+            return request
+        self.pipeline.set_ip_adapter_scale([control.scale for control in controls] or 1.0)
+        images = [control.image for control in controls] or None
+        return dataclasses.replace(request, ip_adapter_image=images)
+
+    def _attach_image_prompts(self, places: tuple[str, ...]) -> None:
+        pipe: Any = self.pipeline
+        detach_ip_adapters_(self._unet)
+        self._image_prompts = ()
+        if not places:
+            return
+        encoder = IMAGE_ENCODERS.get(places[0], IMAGE_ENCODER)
+        if encoder != self._image_encoder:
+            pipe.image_encoder, self._image_encoder = None, encoder
+        sources = [split_place(place) for place in places]
+        inner = [(inside or "").rpartition("/") for _, inside in sources]
+        try:
+            pipe.load_ip_adapter(
+                [source for source, _ in sources],
+                [folder or None for folder, _, _ in inner],
+                [file or None for _, _, file in inner],
+                encoder,
+                **self._where,
+            )
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"IP-Adapter {', '.join(places)}: {error}") from error
+        self._image_prompts = places
+
+
+def where_to_run(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """The device and number format to run in: those asked for, or the GPU in float16, or the CPU in float32.
+
+    Raises:
+        ValueError: there is no such device here.
+
+    Warns:
+        float16 is asked for on a CPU; float32 runs instead.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= here.get(device.type, 1):
+        raise ValueError(f"There is no device {str(device)!r} here; use device='cpu'.")
+    if device.type == "cpu" and dtype == torch.float16:
+        warnings.warn("float16 is for GPUs: float32 runs on the CPU instead.", stacklevel=3)
+        dtype = torch.float32
+    return device, dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+
+
+def check_fit(kind: str, place: str, network: Model, unet: Model) -> None:
+    """Refuse a control network that was made for another family.
+
+    Raises:
+        ValueError: it was; the message names what it was made for.
+    """
+    theirs, ours = network.config, unet.config
+    levels = ours["block_out_channels"]
+    if isinstance(network, T2IAdapter):
+        # A light adapter has one level more than it has entries.
+        widths = (*theirs["channels"], theirs["channels"][-1])[: len(levels)]
+        xl = theirs["adapter_type"].endswith("_xl")
+        fits = widths == levels and xl == (ours["addition_embed_type"] is not None)
+        made_for = f"{'SDXL' if xl else 'SD'} of {'-'.join(map(str, widths))} channels"
+    else:
+        fits = all(theirs[name] == ours[name] for name in ("cross_attention_dim", "block_out_channels"))
+        made_for = family_of(theirs).name
+    if not fits:
+        raise ValueError(
+            f"{kind} {place} was made for {made_for}, the model is {family_of(ours).name}; use one of its family."
+        )
 
 
 def load_pipeline(model: str, **options: Any) -> DiffusionPipeline:
     """Load ``model``: a single file by its suffix, anything else as `DiffusionPipeline.from_pretrained` does."""
-    if model.endswith(".safetensors"):
+    if model.endswith(WEIGHTS):
         return DiffusionPipeline.from_single_file(model, **options)
     return DiffusionPipeline.from_pretrained(model, **options)

@@ -9,24 +9,39 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options
+from . import options, pictures
 from .console import did_you_mean, note, one_line, warnings_as_notes, without_network
-from .options import MODEL, OUTPUT
+from .options import ANIMATION, CONTROL, LORA, MODEL, OUTPUT, SIZE, option
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from torch import Tensor
 
     from ..denoise import DenoiseState
     from ..engine import Engine
+    from ..families import Base
     from ..request import GenerateRequest, GenerateResult
+    from .output import Target
     from .preview import Preview
+
+# Option -> those of which one must be given for it to have an effect.
+BELONGING: Mapping[str, tuple[str, ...]] = {
+    "strength": ("image",),
+    "ip_adapter": ("ip_image",),
+    "detect": ("control", "adapter"),
+    "windows": ("num_frames",),
+    "window_length": ("num_frames",),
+    "fps": ("num_frames",),
+}
+# Fields of the request that the engine sets as model and LoRAs want them, unless they are typed.
+KNOWN_BETTER = {"num_inference_steps", "guidance_scale", "eta"}
 
 
 def command() -> Any:
@@ -37,113 +52,176 @@ def command() -> Any:
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
     *,
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="WxH", help="Both at once: 768x512, or 512 for a square.", rich_help_panel="Size"),
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Shipped name, hub id, folder, or single-file checkpoint (.safetensors).",
-            rich_help_panel=MODEL,
-            autocompletion=options.complete_models,
+    size: Annotated[str | None, option(SIZE, "Both at once: 768x512, or 512 for a square.", metavar="WxH")] = None,
+    control: Annotated[
+        list[str] | None,
+        option(
+            CONTROL,
+            "ControlNet and its picture, such as canny:photo.png:0.8; without a number it counts fully. NAME is canny, "
+            "depth, pose or lineart, if there is one for the model, or a hub id, folder or file. May be repeated.",
+            metavar="NAME:PICTURE:SCALE",
         ),
-    ] = "emoji",
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        option(CONTROL, "T2I-Adapter and its picture, likewise. May be repeated.", metavar="NAME:PICTURE:SCALE"),
+    ] = None,
+    detect: Annotated[
+        bool | None,
+        option(
+            CONTROL,
+            "Whether to draw edges, depth, pose or lines from the pictures first; if not given, all but those that are "
+            "white lines on black already.",
+            "--detect/--no-detect",
+        ),
+    ] = None,
+    ip_image: Annotated[
+        list[str] | None,
+        option(CONTROL, "Picture to prompt with, by an IP-Adapter. May be repeated.", metavar="PICTURE:SCALE"),
+    ] = None,
+    ip_adapter: Annotated[
+        str | None,
+        option(CONTROL, "IP-Adapter: base, plus, plus-face, full-face, or hub id and file.", metavar="NAME"),
+    ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            LORA,
+            "LoRA to add, such as style.safetensors:0.8; without a number at its usual weight. One that is known for "
+            "few steps (Hyper-SD, Lightning, TCD, …) brings its scheduler, steps and guidance. May be repeated.",
             metavar="NAME:WEIGHT",
-            help="LoRA to add, such as style.safetensors:0.8; without a number its weight is 1. May be repeated.",
-            rich_help_panel=MODEL,
-            autocompletion=options.complete_loras,
+            complete=options.complete_loras,
         ),
     ] = None,
     lcm: Annotated[
         bool,
-        typer.Option(
-            help="Run with the LCM scheduler and, for a shipped model, its LCM-LoRA. Without it give --steps 25 "
-            "--guidance 7.5 or so.",
-            rich_help_panel=MODEL,
+        option(
+            LORA,
+            "Set up for few steps: as model or LoRAs are known to want it, else by the LCM scheduler and the LCM-LoRA "
+            "of the model's family. Without it give --steps 25 --guidance 7.5 or so.",
         ),
     ] = True,
+    motion: Annotated[
+        str | None, option(ANIMATION, "Motion adapter in place of the usual one.", metavar="NAME")
+    ] = None,
+    windows: Annotated[
+        bool, option(ANIMATION, "Paint in overlapping windows, for more frames than the adapter can.", "--windows")
+    ] = False,
+    window_length: Annotated[
+        int | None, option(ANIMATION, "Frames a window, 16 if not given; needs no --windows.")
+    ] = None,
+    fps: Annotated[float, option(ANIMATION, "Frames a second.", min=0.1, max=100)] = 10.0,
+    model: Annotated[
+        str,
+        option(
+            MODEL,
+            "Shipped name, hub id, folder, or single-file checkpoint (.safetensors).",
+            *("--model", "-m"),
+            complete=options.complete_models,
+        ),
+    ] = "emoji",
     scheduler: Annotated[
         str | None,
-        typer.Option(
-            help=f"Noise scheduler in place of LCM's or the model's own: {', '.join(options.SAMPLERS)}.",
-            rich_help_panel=MODEL,
-            autocompletion=options.complete_schedulers,
+        option(
+            MODEL,
+            f"Noise scheduler in place of the one that fits: {', '.join(options.SAMPLERS)}.",
+            complete=options.complete_schedulers,
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps; the GPU if there is one.", rich_help_panel=MODEL),
-    ] = None,
+    device: Annotated[str | None, option(MODEL, "cpu, cuda, cuda:1, mps; the GPU if there is one.")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16; float16 on a GPU and float32 on a CPU if not given.",
-            rich_help_panel=MODEL,
-            autocompletion=options.complete_dtypes,
+        option(
+            MODEL,
+            "float32, bfloat16 or float16; float16 on a GPU and float32 on a CPU if not given.",
+            complete=options.complete_dtypes,
         ),
     ] = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Use what is in the hub's cache; ask no network.", rich_help_panel=MODEL)
-    ] = False,
+    offline: Annotated[bool, option(MODEL, "Use what is in the hub's cache; ask no network.", "--offline")] = False,
     output: Annotated[
         str | None,
-        typer.Option(
-            "--output",
-            "-o",
+        option(
+            OUTPUT,
+            "Where to save, as PNG, JPEG or WebP; animations as GIF, WebP or MP4. A file that exists is replaced; "
+            "several pictures of fox.png are fox-1.png, fox-2.png, … Without it the name is made from prompt and seed, "
+            "and nothing is replaced.",
+            *("--output", "-o"),
             metavar="FILE|FOLDER",
-            help="Where to save, as PNG, JPEG or WebP. A file that exists is replaced; several pictures of fox.png are "
-            "fox-1.png, fox-2.png, … Without it the name is made from prompt and seed, and nothing is replaced.",
-            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    grid: Annotated[
-        bool,
-        typer.Option(
-            help="Save several pictures as one, too; of fox.png it is fox.png itself.", rich_help_panel=OUTPUT
-        ),
-    ] = True,
-    preview: Annotated[
-        bool,
-        typer.Option(help="Show the picture in the terminal as it comes, if it can.", rich_help_panel=OUTPUT),
-    ] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of paths.", rich_help_panel=OUTPUT)
-    ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)
-    ] = False,
+    grid: Annotated[bool, option(OUTPUT, "Save several pictures as one, too; of fox.png it is fox.png itself.")] = True,
+    preview: Annotated[bool, option(OUTPUT, "Show the picture in the terminal as it comes, if it can.")] = True,
+    as_json: Annotated[bool, option(OUTPUT, "Print one JSON object instead of paths.", "--json")] = False,
+    debug: Annotated[bool, option(OUTPUT, "Show the traceback of an error.", "--debug")] = False,
     **fields: Any,
 ) -> None:
     """Paint and save; every option is described by its help text."""
+    from ..families import look_at
     from .output import Target
 
-    target = Target.parse(output)
+    given = typed(context)
+    frames = fields["num_frames"]
+    target = Target.parse(output, animated=frames is not None)
+    steering = {"controls": control, "adapters": adapter, "ip_adapter_image": ip_image}
+    shown = pictures.parse({**fields, **steering}, ip_adapter)
+    fields = {name: value for name, value in fields.items() if name not in (*pictures.FLAGS, *(KNOWN_BETTER - given))}
     fields |= options.picture_size(size, fields.pop("width"), fields.pop("height"))
-    sampler = None if scheduler is None else options.find_sampler(scheduler)
+    fields |= window_fields(windows, window_length)
+    sampler = None if scheduler is None else options.find_sampler(scheduler)[:2]
     with warnings_as_notes(options.in_flags), field_names_as_flags(), without_network(offline):
-        request = make_request(prompt, fields)
-        places = {"device": find_device(device), "dtype": None if dtype is None else options.find_dtype(dtype)}
+        places = {"device": find_device(device), "dtype": options.find_dtype(dtype)}
+        pictures.open_all(shown, frames, offline)
+        request = make_request(prompt, fields | pictures.request_fields(shown))
         started = time.perf_counter()
-        engine = load(model, lora or [], lcm=lcm, **places)
-        if sampler is not None:
-            use(engine, sampler)
+        with suggestions(model, lora or []):
+            base = look_at(model)
+            base.check(request)
+            fields |= pictures.prepare(shown, base, fields, detect)
+            engine = load(base, lora or [], lcm=lcm, motion=motion, scheduler=sampler, **places)
+            request = engine.request(prompt, **fields, **pictures.request_fields(shown))
+            with quiet_unless_terminal():
+                engine.load(request)
         loaded = time.perf_counter()
         result = run(engine, request, preview=preview)
         done = time.perf_counter()
-    paths, settings = write(target, engine, result, grid=grid)
+    settings = settings_of(engine, result, fps) | pictures.told(shown)
+    paths = write(target, result, settings, grid=grid)
     seconds = {"load": round(loaded - started, 3), "generate": round(done - loaded, 3)}
     report(paths, settings, result, seconds, as_json)
 
 
 # Before the work.
+
+
+def typed(context: typer.Context) -> set[str]:
+    """The parameters that are on the command line, after a check that none of them needs another (see `BELONGING`).
+
+    Raises:
+        ValueError: one is given without those that it belongs to.
+    """
+    given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # pyright: ignore
+    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for name, others in BELONGING.items():
+        if name in given and not given & {*others}:
+            raise ValueError(f"{flags[name]} has no effect without {' or '.join(flags[other] for other in others)}.")
+    return given
+
+
+def window_fields(windows: bool, length: int | None) -> dict[str, Any]:
+    """The request's windows, if they are wanted.
+
+    Raises:
+        ValueError: windows of no frames.
+    """
+    from ..request import Windows
+
+    if length is not None and length < 1:
+        raise ValueError(f"--window-length is {length}; it must be at least 1.")
+    length = 16 if length is None and windows else length
+    return {} if length is None else {"windows": Windows(length, min(Windows.stride, length))}
 
 
 @contextlib.contextmanager
@@ -200,30 +278,41 @@ def find_device(name: str | None) -> torch.device | None:
     return device
 
 
-def load(model: str, loras: list[str], *, lcm: bool, device: torch.device | None, dtype: str | None) -> Engine:
-    """The engine.
+def load(base: Base, loras: list[str], *, dtype: str | None, **choices: Any) -> Engine:
+    """The engine for a model, with what was chosen.
 
     Raises:
-        ValueError, FileNotFoundError: see `Engine`; of names that are not found, the message suggests similar ones.
+        ValueError, FileNotFoundError: see `Engine`.
     """
     import torch
 
-    from ..engine import Engine, parse_lora
+    from ..engine import Engine
+    from ..plan import split_place, split_weight
 
-    wanted = [parse_lora(text) for text in loras]
-    for text, (name, weight) in zip(loras, wanted, strict=True):
-        if not math.isfinite(weight):
+    for text in loras:
+        name, weight = split_weight(text)
+        if weight is not None and not math.isfinite(weight):
             raise ValueError(f"--lora {text}: the weight must be a finite number.")
-        if name.endswith(".safetensors") and not Path(name).expanduser().is_file():
-            raise FileNotFoundError(f"--lora {text}: there is no such file.{similar(model, [name])}")
-    if dtype == "float16" and (device or torch.device("cuda" if torch.cuda.is_available() else "cpu")).type == "cpu":
-        note("float16 is for GPUs: float32 runs on the CPU instead.")
-        dtype = "float32"
+        path, inside = split_place(name)
+        if inside is None and name.endswith(".safetensors") and not Path(path).is_file():
+            raise FileNotFoundError(f"--lora {text}: there is no such file.")
+    with quiet_unless_terminal():
+        return Engine(base, loras=loras, dtype=getattr(torch, dtype) if dtype else None, **choices)
+
+
+@contextlib.contextmanager
+def suggestions(model: str, loras: list[str]) -> Iterator[None]:
+    """Inside, the message that something is not to be found names something similar, where there is such.
+
+    Raises:
+        FileNotFoundError: one was raised inside; its text goes on.
+    """
     try:
-        with quiet_unless_terminal():
-            return Engine(model, loras=loras, lcm=lcm, device=device, dtype=getattr(torch, dtype) if dtype else None)
+        yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}{similar(model, [name for name, _ in wanted])}") from error
+        from ..plan import split_weight
+
+        raise FileNotFoundError(f"{error}{similar(model, [split_weight(text)[0] for text in loras])}") from error
 
 
 def similar(model: str, loras: list[str]) -> str:
@@ -245,14 +334,6 @@ def quiet_unless_terminal() -> Iterator[None]:
     else:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
-
-
-def use(engine: Engine, sampler: options.Sampler) -> None:
-    """Put another scheduler into the pipeline."""
-    from .. import schedulers
-
-    kind = getattr(schedulers, sampler.scheduler)
-    engine.pipeline.scheduler = kind.from_config(engine.pipeline.scheduler.config, **sampler.options)
 
 
 # The work.
@@ -279,13 +360,18 @@ def run(engine: Engine, request: GenerateRequest, *, preview: bool) -> GenerateR
 
         def on_step(state: DenoiseState) -> None:
             if screen is not None and painter is not None:
-                screen.show(painter(state.latents if state.denoised is None else state.denoised))
+                screen.show(painter(stills(state.latents if state.denoised is None else state.denoised)))
             progress.update(task, completed=state.index + 1, total=len(state.timesteps), refresh=True)
 
         result = engine.generate(request, on_step=on_step)
     if screen is not None:
-        screen.show(result.images)
+        screen.show([image[len(image) // 2] if isinstance(image, list) else image for image in result.images])
     return result
+
+
+def stills(latents: Tensor) -> Tensor:
+    """Latents of pictures as they are, and of animations those of their middle frames: (N, 4, h, w)."""
+    return latents if latents.ndim == 4 else latents[:, :, latents.shape[2] // 2]
 
 
 def open_preview(engine: Engine, console: Console) -> tuple[Preview | None, Callable[..., Any] | None]:
@@ -299,45 +385,54 @@ def open_preview(engine: Engine, console: Console) -> tuple[Preview | None, Call
 # After the work.
 
 
-def write(target: Any, engine: Engine, result: GenerateResult, *, grid: bool) -> tuple[list[Path], dict[str, Any]]:
-    """Save the pictures; return the paths (the grid's last) and the settings."""
-    from .output import encode, make_grid, save
+def write(target: Target, result: GenerateResult, settings: Mapping[str, Any], *, grid: bool) -> list[Path]:
+    """Save the pictures or animations; return the paths, the grid's last."""
+    from .output import encode, encode_animation, make_grid, save
 
     images, seeds = result.images, list(result.seeds or ())
-    settings = settings_of(engine, result.request, images[0].size)
-    grid = grid and len(images) > 1
+    grid = grid and len(images) > 1 and "fps" not in settings
     paths = target.paths(str(result.request.prompt), seeds, grid)
     for path, image, seed in zip(paths, images, seeds, strict=False):
-        # What makes this picture alone, so that it does not matter how many were asked for.
-        save(path, encode(image, path.suffix, {**settings, "seed": seed, "num_images_per_prompt": 1}))
+        if isinstance(image, list):
+            save(path, encode_animation(image, path.suffix, settings["fps"]))
+        else:
+            # What makes this picture alone, so that it does not matter how many were asked for.
+            save(path, encode(image, path.suffix, {**settings, "seed": seed, "num_images_per_prompt": 1}))
     if grid:
         save(paths[-1], encode(make_grid(images), paths[-1].suffix, settings))
-    return paths, settings
+    return paths
 
 
-def settings_of(engine: Engine, request: GenerateRequest, size: tuple[int, int]) -> dict[str, Any]:
-    """Everything that a picture depends on."""
+def settings_of(engine: Engine, result: GenerateResult, fps: float) -> dict[str, Any]:
+    """Everything that a picture depends on, but the pictures that it was made from."""
     import platform
 
     import torch
 
     from .. import __version__
 
-    pipeline = engine.pipeline
-    config = pipeline.scheduler.config
-    return {
+    request, pipeline = result.request, engine.pipeline
+    images = result.images[0] if request.num_frames is not None else result.images
+    karras = {"use_karras_sigmas": True} if pipeline.scheduler.config.get("use_karras_sigmas") else {}
+    values = {
         "prompt": request.prompt,
-        **{field.name: getattr(request, field.name) for field in options.request_fields()},
-        "width": size[0],
-        "height": size[1],
-        "model": engine.model,
-        "loras": [{"name": name, "weight": weight} for name, weight in engine.loras],
+        **{field.name: getattr(request, field.name) for field in options.request_fields() if field.type != "Any"},
+        "strength": None if request.image is None else request.change,
+        "timesteps": request.timesteps,
+        "width": images[0].width,
+        "height": images[0].height,
+        "model": engine.base.name,
+        "loras": [{"name": file.name, "weight": file.weight} for file in engine.plan.loras],
         "scheduler": type(pipeline.scheduler).__name__,
-        "scheduler_options": {name: True for name in ("use_karras_sigmas",) if config.get(name)},
+        "scheduler_options": {**karras, **engine.scheduler_options},
         "device": pipeline.device.type,
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "versions": {"fourstroke": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+    if request.num_frames is not None:
+        windows = request.windows and [request.windows.length, request.windows.stride]
+        values |= {"motion": engine.plan.motion, "fps": fps, "windows": windows}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def report(

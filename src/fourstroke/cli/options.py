@@ -20,6 +20,9 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "guidance_scale": ("--guidance",),
     "num_images_per_prompt": ("--num", "-n"),
     "negative_prompt": ("--negative",),
+    "mask_image": ("--mask",),
+    "padding_mask_crop": ("--mask-crop",),
+    "num_frames": ("--frames",),
 }
 # What people who come from other tools type -> the option here.
 OTHER_NAMES: Mapping[str, str] = {
@@ -32,13 +35,33 @@ OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("--H", "-H"), "--height"),
     **dict.fromkeys(("--out", "--outdir", "--file", "--save"), "--output"),
     **dict.fromkeys(("--negative_prompt", "--neg"), "--negative"),
+    **dict.fromkeys(("--init-image", "--init_image", "--init-img", "--input", "-i"), "--image"),
+    **dict.fromkeys(("--denoise", "--denoising-strength", "--denoising"), "--strength"),
+    **dict.fromkeys(("--controlnet", "--control-image"), "--control"),
+    **dict.fromkeys(("--t2i-adapter", "--t2i"), "--adapter"),
+    **dict.fromkeys(("--ip-adapter-image", "--image-prompt"), "--ip-image"),
+    **dict.fromkeys(("--motion-adapter", "--motion-module"), "--motion"),
     "--ckpt": "--model",
     "--fp16": "--dtype",
 }
-PANELS: Mapping[str, str] = {"height": "Size", "width": "Size"}
-PICTURE, MODEL, OUTPUT = "Picture", "Model", "Output"
-# Annotation of a field -> type of the option's value.
+PICTURE, SIZE, START, CONTROL, ANIMATION = "Picture", "Size", "Start picture", "Control", "Animation"
+LORA, MODEL, OUTPUT = "LoRA", "Model", "Output"
+PANELS: Mapping[str, str] = {
+    **dict.fromkeys(("height", "width"), SIZE),
+    **dict.fromkeys(("image", "strength", "mask_image", "padding_mask_crop"), START),
+    "num_frames": ANIMATION,
+}
+# What the library's messages say -> how it is said here.
+SAID: Mapping[str, str] = {
+    r"\blcm=False": "--no-lcm",
+    r"\bmotion=…": "--motion",
+    r"\bdevice='cpu'": "--device cpu",
+    r"\bwindows=Windows\(length=(\d+)\)": r"--window-length \1",
+    r"\bpass image\b": "pass --image",
+}
+# Annotation of a field -> type of the option's value; what may be anything is a picture, given by its path.
 TYPES: Mapping[str, Any] = {
+    "Any": str | None,
     "int": int,
     "int | None": int | None,
     "float": float,
@@ -91,8 +114,13 @@ def flags_of(name: str) -> tuple[str, ...]:
 
 def in_flags(text: str) -> str:
     """The library's ``text`` with the options' names for the fields': ``--guidance`` for ``guidance_scale``."""
-    names = "|".join(field.name for field in request_fields() if "_" in field.name)
-    return re.sub(rf"\b({names})\b", lambda found: flags_of(found[1])[0], text)
+    names = [field.name for field in request_fields()]
+    # A field whose name is an everyday word is meant where a message begins with it.
+    compound, plain = "|".join(name for name in names if "_" in name), "|".join(names)
+    text = re.sub(rf"\b({compound})\b|^({plain})(?= is )", lambda found: flags_of(found[0])[0], text)
+    for pattern, here in SAID.items():
+        text = re.sub(pattern, here, text)
+    return text
 
 
 def request_parameters() -> Iterator[inspect.Parameter]:
@@ -108,25 +136,31 @@ def request_parameters() -> Iterator[inspect.Parameter]:
             raise TypeError(
                 f"GenerateRequest.{field.name} is {field.type!r}: add the type to fourstroke.cli.options.TYPES."
             )
-        option = typer.Option(
+        made = typer.Option(
             *flags_of(field.name),
             help=escape(field.metadata["help"]),
             rich_help_panel=PANELS.get(field.name, PICTURE),
             show_default=field.default is not None,
+            metavar="PATH|URL" if field.type == "Any" else None,
         )
-        kind, annotation = inspect.Parameter.KEYWORD_ONLY, Annotated[TYPES[str(field.type)], option]
+        kind, annotation = inspect.Parameter.KEYWORD_ONLY, Annotated[TYPES[str(field.type)], made]
         yield inspect.Parameter(field.name, kind, default=field.default, annotation=annotation)
 
 
+def option(panel: str, help: str, *flags: str, complete: Callable[[str], list[str]] | None = None, **more: Any) -> Any:
+    """An option in a ``panel`` of the help text."""
+    return typer.Option(*flags, help=help, rich_help_panel=panel, autocompletion=complete, **more)
+
+
 def with_request_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """``verb(prompt, *, …, **fields)`` with the request's options for ``fields``, right after ``prompt``."""
+    """``verb(context, prompt, *, …, **fields)`` with the request's options for ``fields``, right after ``prompt``."""
 
     @functools.wraps(verb)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         verb(*args, **kwargs)
 
     own = list(inspect.signature(verb, eval_str=True).parameters.values())[:-1]
-    parameters = [own[0], *request_parameters(), *own[1:]]
+    parameters = [*own[:2], *request_parameters(), *own[2:]]
     vars(wrapper)["__signature__"] = inspect.Signature(parameters)
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapper
@@ -189,12 +223,14 @@ def sampler_label(class_name: str) -> str:
     return labels.get(class_name, class_name)
 
 
-def find_dtype(name: str) -> str:
-    """Torch's name of the dtype that people call ``name``.
+def find_dtype(name: str | None) -> str | None:
+    """Torch's name of the dtype that people call ``name``; None for none.
 
     Raises:
         ValueError: there is none.
     """
+    if name is None:
+        return None
     if name.lower() not in DTYPES:
         mend = did_you_mean(name, DTYPES)
         raise ValueError(f"--dtype is {name!r}; it is one of {', '.join(dict.fromkeys(DTYPES.values()))}.{mend}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,18 +41,19 @@ class Target:
     suffix: str = ".png"
 
     @classmethod
-    def parse(cls, output: str | None) -> Target:
+    def parse(cls, output: str | None, *, animated: bool = False) -> Target:
         """Read the value of ``--output``: a file, or a folder (one that exists, or a name that ends in a slash).
 
         Raises:
-            ValueError: pictures cannot be written there; better now than after the work.
+            ValueError: pictures or animations cannot be written there; better now than after the work.
         """
+        usual = ".gif" if animated else ".png"
         if output is None:
-            target = cls(Path())
+            target = cls(Path(), suffix=usual)
         elif output.endswith(("/", os.sep)) or Path(output).expanduser().is_dir():
-            target = cls(Path(output).expanduser())
+            target = cls(Path(output).expanduser(), suffix=usual)
         else:
-            target = cls._file(Path(output).expanduser())
+            target = cls._file(Path(output).expanduser(), animated)
         existing = next(folder for folder in (target.folder, *target.folder.absolute().parents) if folder.exists())
         if not existing.is_dir():
             raise ValueError(f"--output {output}: {existing} is a file, not a folder.")
@@ -59,16 +62,23 @@ class Target:
         return target
 
     @classmethod
-    def _file(cls, path: Path) -> Target:
+    def _file(cls, path: Path, animated: bool) -> Target:
+        from ..utils import ANIMATION_SUFFIXES, VIDEO_FORMATS
+
         if path.name == "-":
             raise ValueError("--output is '-'; pictures are written to files only, so give a file name.")
         if path.exists() and not path.is_file():
             raise ValueError(f"--output {path} is not an ordinary file; give another name.")
-        suffix = path.suffix.lower()
-        if suffix and suffix not in SUFFIXES:
-            mend = did_you_mean(suffix, SUFFIXES)
-            raise ValueError(f"--output {path}: pictures are written as {', '.join(SUFFIXES)}, not {suffix}.{mend}")
-        return cls(path.parent, path.stem, path.suffix or ".png")
+        what, known = ("animations", ANIMATION_SUFFIXES) if animated else ("pictures", SUFFIXES)
+        suffix = path.suffix.lower() or known[0]
+        if suffix not in known:
+            mend = " --frames makes an animation." if suffix in ANIMATION_SUFFIXES else did_you_mean(suffix, known)
+            raise ValueError(f"--output {path}: {what} are written as {', '.join(known)}, not {suffix}.{mend}")
+        if suffix in VIDEO_FORMATS and importlib.util.find_spec("av") is None:
+            raise ValueError(
+                f"--output {path}: videos need PyAV, pip install 'fourstroke[video]'; .gif and .webp work without it."
+            )
+        return cls(path.parent, path.stem, path.suffix or known[0])
 
     def paths(self, prompt: str, seeds: Sequence[int], grid: bool) -> list[Path]:
         """One path a seed; with ``grid`` one more, for all pictures in one.
@@ -129,15 +139,23 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "Size": f"{settings['width']}x{settings['height']}",
         "Model": Path(settings["model"]).stem if settings["model"].endswith(".safetensors") else settings["model"],
         # Layers are counted from the end there: 1 is the last one, 2 skips one.
-        "Clip skip": settings["clip_skip"] + 1 if settings["clip_skip"] else None,
+        "Clip skip": settings["clip_skip"] + 1 if settings.get("clip_skip") else None,
+        "Denoising strength": f"{settings['strength']:g}" if "strength" in settings else None,
+        **{f"ControlNet {i}": _control(control) for i, control in enumerate(settings.get("controls", ()))},
         "Lora": ", ".join(f"{lora['name']}: {lora['weight']:g}" for lora in settings["loras"]) or None,
         "Version": f"fourstroke {settings['versions']['fourstroke']}",
     }
     lines = [settings["prompt"]]
-    if settings["negative_prompt"]:
+    if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in entries.items() if value is not None))
     return "\n".join(lines)
+
+
+def _control(control: Mapping[str, Any]) -> str:
+    """As the web UI's ControlNet extension writes it."""
+    module = control.get("detector", "none")
+    return f"Module: {module}, Model: {control['model']}, Weight: {control['scale']:g}"
 
 
 def _quoted(value: Any) -> str:
@@ -167,6 +185,14 @@ def encode(image: PIL.Image.Image, suffix: str, settings: Mapping[str, Any]) -> 
     else:
         image.save(buffer, "JPEG", quality=95, subsampling=0, exif=exif)
     return buffer.getvalue()
+
+
+def encode_animation(frames: Sequence[PIL.Image.Image], suffix: str, fps: float) -> bytes:
+    """The file for an animation, in the format that ``suffix`` names."""
+    from ..utils import save_animation
+
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(save_animation(list(frames), Path(folder, "animation" + suffix), fps)).read_bytes()
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

@@ -170,9 +170,9 @@ def previewer(engine: Engine) -> Callable[[Tensor], list[PIL.Image.Image]]:
     from .. import hub
 
     pipeline = engine.pipeline
-    if engine.model.startswith("emoji") and TINY_VAE in hub.shipped():
-        from ..latents import decode
+    if engine.base.family.name == "emoji" and TINY_VAE in hub.shipped():
         from ..images import postprocess
+        from ..latents import decode
         from ..models.vae_tiny import AutoencoderTiny
 
         tiny = AutoencoderTiny.from_pretrained(TINY_VAE).to(pipeline.device, pipeline.dtype)
