@@ -270,14 +270,17 @@ def where_to_run(device: str | torch.device | None, dtype: torch.dtype | None) -
     Warns:
         float16 is asked for on a CPU; float32 runs instead.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= here.get(device.type, 1):
-        raise ValueError(f"There is no device {str(device)!r} here; use device='cpu'.")
-    if device.type == "cpu" and dtype == torch.float16:
+    wanted = str(device or ("cuda" if here["cuda"] else "cpu"))
+    kind, _, index = wanted.partition(":")
+    if kind not in here or not (index or "0").isdecimal():
+        raise ValueError(f"device is {wanted!r}; it is one of {', '.join(here)}, or such as cuda:1.")
+    if int(index or 0) >= here[kind]:
+        raise ValueError(f"device is {wanted!r}, but there is no such device here; use 'cpu'.")
+    if kind == "cpu" and dtype == torch.float16:
         warnings.warn("float16 is for GPUs: float32 runs on the CPU instead.", stacklevel=3)
         dtype = torch.float32
-    return device, dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    return torch.device(wanted), dtype or (torch.float16 if kind == "cuda" else torch.float32)
 
 
 def check_fit(kind: str, place: str, network: Model, unet: Model) -> None:

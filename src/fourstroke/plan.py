@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .families import Base, available
+from .families import WEIGHTS, Base, available
 from .lora import LoraError, LoraInfo, Settings, inspect_lora, recommended
 from .lora.keys import OR
 from .pipelines.components import lora_file
@@ -117,18 +118,19 @@ def split_weight(text: str, what: str = "LoRA") -> tuple[str, float | None]:
     """Split ``name:weight`` (``style.safetensors:0.8``); the weight is None when there is none.
 
     Raises:
-        ValueError: what stands behind the colon is not a number; the message calls the whole ``what``.
+        ValueError: what stands behind the colon is no finite number; the message calls the whole ``what``.
     """
     name, colon, weight = text.rpartition(":")
     # The colon of a Windows path or of a URL has a slash behind it.
     if not colon or "/" in weight or "\\" in weight:
         return text, None
     try:
-        return name, float(weight)
+        number = float(weight)
     except ValueError:
-        raise ValueError(
-            f"{what} {text!r}: {weight!r} is not a number; write NAME:WEIGHT, such as {name}:0.8."
-        ) from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{what} {text!r}: {weight!r} is not a number; write NAME:WEIGHT, such as {name}:0.8.")
+    return name, number
 
 
 def split_place(place: str) -> tuple[str, str | None]:
@@ -150,6 +152,8 @@ def read_lora_file(text: str, where: Mapping[str, Any]) -> LoraFile:
     """
     name, weight = split_weight(text)
     source, inside = split_place(name)
+    if inside is None and source.endswith(WEIGHTS) and not Path(source).is_file():
+        raise FileNotFoundError(f"LoRA {text}: there is no such file.")
     path = lora_file(source, inside, None, where)
     info = inspect_lora(path, name=name)
     usual = 1.0 if info.recommended is None else info.recommended.weight

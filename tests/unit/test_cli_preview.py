@@ -270,7 +270,8 @@ def test_rough_pictures_keep_places() -> None:
 def engine_like(model: str, addition: str | None = None) -> Any:
     unet = SimpleNamespace(config=SimpleNamespace(addition_embed_type=addition))
     return SimpleNamespace(
-        model=model, pipeline=SimpleNamespace(unet=unet, device=torch.device("cpu"), dtype=torch.float32)
+        base=SimpleNamespace(family=SimpleNamespace(name=model)),
+        pipeline=SimpleNamespace(unet=unet, device=torch.device("cpu"), dtype=torch.float32),
     )
 
 

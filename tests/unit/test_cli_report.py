@@ -198,20 +198,22 @@ def test_inspect_a_lora(here: Path) -> None:  # noqa: F811
     [
         (
             "Hyper-SD15-1step-lora",
-            "Hyper-SD: --lora {}.safetensors --scheduler tcd --steps 1 --guidance 1 --eta 1",
+            "Hyper-SD: --lora {}.safetensors, which brings scheduler=TCD, steps=1, guidance=1, eta=1.0",
         ),
         (
             "sdxl_lightning_8step_lora",
-            "SDXL-Lightning: --lora {}.safetensors --scheduler euler --steps 8 --guidance 1 "
-            "(and timestep_spacing=trailing)",
+            "SDXL-Lightning: --lora {}.safetensors, which brings scheduler=Euler, steps=8, guidance=1, "
+            "timestep_spacing=trailing",
         ),
         (
             "AnimateLCM_sd15_t2v_lora",
-            "AnimateLCM: --lora {}.safetensors:0.8 --scheduler lcm --steps 6 --guidance 2 (and beta_schedule=linear)",
+            "AnimateLCM: --lora {}.safetensors, which brings scheduler=LCM, steps=6, guidance=2, weight=0.8, "
+            "beta_schedule=linear",
         ),
         (
             "dmd2_sdxl_4step_lora",
-            "DMD2: --lora {}.safetensors --scheduler lcm --steps 4 --guidance 1 (and timesteps=(999, 749, 499, 249))",
+            "DMD2: --lora {}.safetensors, which brings scheduler=LCM, steps=4, guidance=1, "
+            "timesteps=(999, 749, 499, 249)",
         ),
     ],
 )
@@ -224,7 +226,7 @@ def test_inspect_tells_how_to_run_a_few_step_lora(here: Path, file: str, line: s
 
 def test_inspect_tells_how_to_run_a_few_step_model(tiny: str, here: Path) -> None:  # noqa: F811
     path = write_checkpoint(here / "sd_xl_turbo.safetensors")
-    line = "Turbo: --model {} --scheduler euler-a --steps 1 --guidance 1 (and timestep_spacing=trailing)"
+    line = "Turbo: --model {}, which brings scheduler=Euler a, steps=1, guidance=1, timestep_spacing=trailing"
     assert told("inspect", path.name)["recommended"]["scheduler"] == "EulerAncestralDiscreteScheduler"
     assert shown("inspect", path.name)["run with"] == line.format(path.name)
     shutil.copytree(tiny, here / "sd-turbo")

@@ -20,13 +20,11 @@ from .console import did_you_mean, note, one_line, warnings_as_notes, without_ne
 from .options import ANIMATION, CONTROL, LORA, MODEL, OUTPUT, SIZE, option
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
     from torch import Tensor
 
     from ..denoise import DenoiseState
     from ..engine import Engine
-    from ..families import Base
     from ..request import GenerateRequest, GenerateResult
     from .output import Target
     from .preview import Preview
@@ -159,7 +157,7 @@ def generate(
     **fields: Any,
 ) -> None:
     """Paint and save; every option is described by its help text."""
-    from ..families import look_at
+    from ..request import Windows
     from .output import Target
 
     given = typed(context)
@@ -169,21 +167,26 @@ def generate(
     shown = pictures.parse({**fields, **steering}, ip_adapter)
     fields = {name: value for name, value in fields.items() if name not in (*pictures.FLAGS, *(KNOWN_BETTER - given))}
     fields |= options.picture_size(size, fields.pop("width"), fields.pop("height"))
-    fields |= window_fields(windows, window_length)
+    if windows or window_length is not None:
+        length = 16 if window_length is None else window_length
+        fields["windows"] = Windows(length, min(Windows.stride, length))
     sampler = None if scheduler is None else options.find_sampler(scheduler)[:2]
+    from ..engine import Engine, where_to_run  # after what can be told without torch
+    from ..families import look_at
+
     with warnings_as_notes(options.in_flags), field_names_as_flags(), without_network(offline):
-        places = {"device": find_device(device), "dtype": options.find_dtype(dtype)}
+        where = dict(zip(("device", "dtype"), where_to_run(device, options.find_dtype(dtype)), strict=True))
         pictures.open_all(shown, frames, offline)
         request = make_request(prompt, fields | pictures.request_fields(shown))
         started = time.perf_counter()
-        with suggestions(model, lora or []):
+        with quiet_loading(model, lora or []):
             base = look_at(model)
             base.check(request)
             fields |= pictures.prepare(shown, base, fields, detect)
-            engine = load(base, lora or [], lcm=lcm, motion=motion, scheduler=sampler, **places)
+            how: Any = {"lcm": lcm, "motion": motion, "scheduler": sampler, **where}
+            engine = Engine(base, loras=lora or [], **how)
             request = engine.request(prompt, **fields, **pictures.request_fields(shown))
-            with quiet_unless_terminal():
-                engine.load(request)
+            engine.load(request)
         loaded = time.perf_counter()
         result = run(engine, request, preview=preview)
         done = time.perf_counter()
@@ -208,20 +211,6 @@ def typed(context: typer.Context) -> set[str]:
         if name in given and not given & {*others}:
             raise ValueError(f"{flags[name]} has no effect without {' or '.join(flags[other] for other in others)}.")
     return given
-
-
-def window_fields(windows: bool, length: int | None) -> dict[str, Any]:
-    """The request's windows, if they are wanted.
-
-    Raises:
-        ValueError: windows of no frames.
-    """
-    from ..request import Windows
-
-    if length is not None and length < 1:
-        raise ValueError(f"--window-length is {length}; it must be at least 1.")
-    length = 16 if length is None and windows else length
-    return {} if length is None else {"windows": Windows(length, min(Windows.stride, length))}
 
 
 @contextlib.contextmanager
@@ -256,63 +245,18 @@ def make_request(prompt: str, fields: dict[str, Any]) -> GenerateRequest:
     return request
 
 
-def find_device(name: str | None) -> torch.device | None:
-    """The device called ``name``, if it is here.
-
-    Raises:
-        ValueError: there is no such kind of device, or none of it here.
-    """
-    import torch
-
-    if name is None:
-        return None
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in here:
-        raise ValueError(f"--device is {name!r}; it is one of {', '.join(here)}, cuda:1.{did_you_mean(name, here)}")
-    if (device.index or 0) >= here[device.type]:
-        raise ValueError(f"--device is {name!r}, but there is no such device here; use --device cpu.")
-    return device
-
-
-def load(base: Base, loras: list[str], *, dtype: str | None, **choices: Any) -> Engine:
-    """The engine for a model, with what was chosen.
-
-    Raises:
-        ValueError, FileNotFoundError: see `Engine`.
-    """
-    import torch
-
-    from ..engine import Engine
-    from ..plan import split_place, split_weight
-
-    for text in loras:
-        name, weight = split_weight(text)
-        if weight is not None and not math.isfinite(weight):
-            raise ValueError(f"--lora {text}: the weight must be a finite number.")
-        path, inside = split_place(name)
-        if inside is None and name.endswith(".safetensors") and not Path(path).is_file():
-            raise FileNotFoundError(f"--lora {text}: there is no such file.")
-    with quiet_unless_terminal():
-        return Engine(base, loras=loras, dtype=getattr(torch, dtype) if dtype else None, **choices)
-
-
 @contextlib.contextmanager
-def suggestions(model: str, loras: list[str]) -> Iterator[None]:
-    """Inside, the message that something is not to be found names something similar, where there is such.
+def quiet_loading(model: str, loras: list[str]) -> Iterator[None]:
+    """Keep the progress bars of loading out of a stderr that nobody watches, and suggest other names.
 
     Raises:
-        FileNotFoundError: one was raised inside; its text goes on.
+        FileNotFoundError: one was raised inside; its text goes on with a similar name, where there is one.
     """
     try:
-        yield
+        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+            yield
     except FileNotFoundError as error:
-        from ..plan import split_weight
-
-        raise FileNotFoundError(f"{error}{similar(model, [split_weight(text)[0] for text in loras])}") from error
+        raise FileNotFoundError(f"{error}{similar(model, [lora.partition(':')[0] for lora in loras])}") from error
 
 
 def similar(model: str, loras: list[str]) -> str:
@@ -324,16 +268,6 @@ def similar(model: str, loras: list[str]) -> str:
             folder = name.rpartition("/")[0]
             return did_you_mean(name, complete("") + complete(folder + "/" if folder else ""))
     return ""
-
-
-@contextlib.contextmanager
-def quiet_unless_terminal() -> Iterator[None]:
-    """Keep the progress bars of loading out of a stderr that nobody watches."""
-    if sys.stderr.isatty():
-        yield
-    else:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
 
 
 # The work.

@@ -55,7 +55,8 @@ PANELS: Mapping[str, str] = {
 SAID: Mapping[str, str] = {
     r"\blcm=False": "--no-lcm",
     r"\bmotion=…": "--motion",
-    r"\bdevice='cpu'": "--device cpu",
+    r"^device is ": "--device is ",
+    r"; use 'cpu'\.": "; use --device cpu.",
     r"\bwindows=Windows\(length=(\d+)\)": r"--window-length \1",
     r"\bpass image\b": "pass --image",
 }
@@ -223,8 +224,8 @@ def sampler_label(class_name: str) -> str:
     return labels.get(class_name, class_name)
 
 
-def find_dtype(name: str | None) -> str | None:
-    """Torch's name of the dtype that people call ``name``; None for none.
+def find_dtype(name: str | None) -> Any:
+    """Torch's dtype that people call ``name``; None for none.
 
     Raises:
         ValueError: there is none.
@@ -234,7 +235,9 @@ def find_dtype(name: str | None) -> str | None:
     if name.lower() not in DTYPES:
         mend = did_you_mean(name, DTYPES)
         raise ValueError(f"--dtype is {name!r}; it is one of {', '.join(dict.fromkeys(DTYPES.values()))}.{mend}")
-    return DTYPES[name.lower()]
+    import torch
+
+    return getattr(torch, DTYPES[name.lower()])
 
 
 # Completions.

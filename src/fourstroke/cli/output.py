@@ -112,20 +112,14 @@ def unused(path: Path) -> Path:
     return candidate
 
 
-def grid_shape(count: int) -> tuple[int, int]:
-    """Rows and columns of a nearly square layout for ``count`` pictures."""
-    columns = math.ceil(math.sqrt(count))
-    return math.ceil(count / columns), columns
-
-
 def make_grid(images: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
-    """Lay pictures of one size out in one, row by row; cells that are left over are white."""
-    rows, columns = grid_shape(len(images))
-    width, height = images[0].size
-    grid = PIL.Image.new("RGB", (columns * width, rows * height), "white")
-    for i, image in enumerate(images):
-        grid.paste(image, (i % columns * width, i // columns * height))
-    return grid
+    """Lay pictures of one size out in a nearly square one, row by row; cells that are left over are white."""
+    from ..utils import make_image_grid
+
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    rest = [PIL.Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
+    return make_image_grid([*images, *rest], rows, columns)
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from .console import note
 
 if TYPE_CHECKING:
     from ..families import Base
@@ -89,8 +88,6 @@ def _weighted(field: str, text: str, model: str | None) -> Picture:
     from ..plan import split_weight
 
     place, scale = split_weight(text, FLAGS[field])
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{FLAGS[field]} {text!r}: the scale must be a finite number.")
     return Picture(field, place, model, 1.0 if scale is None else scale)
 
 
@@ -134,36 +131,33 @@ def _open(picture: Picture, frames: int | None, offline: bool) -> Any:
 
 
 def prepare(pictures: Sequence[Picture], base: Base, fields: Mapping[str, Any], wanted: bool | None) -> dict[str, int]:
-    """Choose the size to paint at by the pictures, and draw what the controls are to show; see `fit` and `detect`."""
-    size = fit(pictures, base, fields.get("height"), fields.get("width"))
-    start = pictures[0].image if pictures and fields.get("padding_mask_crop") is not None else None
-    # A control is cut as the start picture is, so it must be of that one's size.
-    drawn = start.size if start is not None else (size.get("width"), size.get("height"))
-    detect(pictures, drawn, wanted)
-    return size
+    """Choose the size to paint at, where a picture tells it, and `detect` at that size.
 
-
-def fit(pictures: Sequence[Picture], base: Base, height: int | None, width: int | None) -> dict[str, int]:
-    """The size to paint at, as fields of the request, where a picture tells it; see `Base.fitting_size`."""
+    Returns:
+        Height and width, as fields of the request; see `Base.fitting_size`.
+    """
     from ..images import size_of
 
     source = next((picture for picture in pictures if picture.field in ("image", *STEERING)), None)
     if source is None:
         return {}
-    own = size_of(source.image)
+    own, given = size_of(source.image), (fields.get("height"), fields.get("width"))
     # SDXL's T2I-Adapters halve a picture once more than the other networks.
     factor = 16 if any(picture.field == "adapters" for picture in pictures) else 8
-    size = base.fitting_size(own, height, width, factor)
-    change = math.prod(size) / math.prod(own)
-    if height is None and width is None and not 1 / NOTABLE <= change <= NOTABLE:
-        note(
+    height, width = base.fitting_size(own, *given, factor)
+    if given == (None, None) and not 1 / NOTABLE <= height * width / math.prod(own) <= NOTABLE:
+        warnings.warn(
             f"{source.place} has {own[1]}x{own[0]} pixels, and {base.name} is made for {base.size[1]}x{base.size[0]}: "
-            f"it is painted at {size[1]}x{size[0]}; --size sets another size."
+            f"it is painted at {width}x{height}; --size sets another size.",
+            stacklevel=2,
         )
-    return {"height": size[0], "width": size[1]}
+    # What is cut out of the start picture is cut out of the controls, so they must be of its size.
+    cut = fields.get("padding_mask_crop") is not None
+    detect(pictures, (own[1], own[0]) if cut else (width, height), wanted)
+    return {"height": height, "width": width}
 
 
-def detect(pictures: Sequence[Picture], size: Any, wanted: bool | None) -> None:
+def detect(pictures: Sequence[Picture], size: tuple[int, int], wanted: bool | None) -> None:
     """Draw the edges, lines, depths or poses that the controls are to show.
 
     Args:
@@ -183,7 +177,8 @@ def detect(pictures: Sequence[Picture], size: Any, wanted: bool | None) -> None:
             continue
         frames = picture.image if isinstance(picture.image, list) else [picture.image]
         if wanted is None and name in DRAWINGS and all(map(is_drawing, frames)):
-            note(f"{picture.flag} {picture.place} is white on black already, and is used as it is (--no-detect).")
+            message = f"{picture.flag} {picture.place} is white on black already, and is used as it is (--no-detect)."
+            warnings.warn(message, stacklevel=2)
             continue
         try:
             drawn = [DETECTORS[name](frame.resize(size)) for frame in frames]
@@ -208,21 +203,19 @@ def request_fields(pictures: Sequence[Picture]) -> dict[str, Any]:
     """The fields of the request that ``pictures`` are for."""
     from ..request import Control
 
-    fields: dict[str, Any] = {}
-    for picture in pictures:
-        if picture.field in ("image", "mask_image"):
-            fields[picture.field] = picture.image
-        else:
-            fields.setdefault(picture.field, []).append(Control(picture.image, picture.scale, model=picture.model))
-    return fields
+    return _by_field(pictures, lambda picture: picture.image, lambda it: Control(it.image, it.scale, model=it.model))
 
 
 def told(pictures: Sequence[Picture]) -> dict[str, Any]:
     """What the settings of a finished picture say of those that it was made from, by field of the request."""
+    return _by_field(pictures, lambda picture: picture.place, lambda picture: picture.told)
+
+
+def _by_field(pictures: Sequence[Picture], single: Callable[[Picture], Any], one: Callable[[Picture], Any]) -> Any:
     values: dict[str, Any] = {}
     for picture in pictures:
         if picture.field in ("image", "mask_image"):
-            values[picture.field] = picture.place
+            values[picture.field] = single(picture)
         else:
-            values.setdefault(picture.field, []).append(picture.told)
+            values.setdefault(picture.field, []).append(one(picture))
     return values

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import hub
 from .console import did_you_mean, one_line
+from .options import sampler_label
 from .output import SUFFIXES, parameters_text, read_settings
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ def describe(what: str) -> Facts:
     if path.is_file():
         return {"name": what} | (_picture(path) or _weights(path, what))
     folder = hub.local_folder(what)
+    if folder is None and what.endswith(WEIGHTS) and what.count("/") > 1:
+        return {"name": what} | _weights(_lora_file(what), what)
     if folder is None:
         try:
             folder = hub.fetch(what, lambda files: [file for file in files if file.endswith(".json")])
@@ -136,6 +139,14 @@ def describe(what: str) -> Facts:
             known = [*hub.ALIASES, *hub.shipped(), *cached_names(), *_neighbours(path)]
             raise FileNotFoundError(f"{error}{did_you_mean(what, known)}") from error
     return {"name": what} | _folder(folder, what)
+
+
+def _lora_file(what: str) -> Path:
+    """The file of a folder, of a repository, or at a path in one: ``owner/name/path/in/it``."""
+    from ..pipelines.components import lora_file
+    from ..plan import split_place
+
+    return lora_file(*split_place(what), None, {})
 
 
 def _neighbours(path: Path) -> list[str]:
@@ -156,9 +167,7 @@ def _folder(folder: Path, name: str) -> Facts:
         return _pipeline(folder, name)
     if (folder / CONFIG_NAME).is_file():
         return {"kind": "network", "class": kind_of(folder), **weights_in(folder)}
-    from ..pipelines.components import lora_file
-
-    return _weights(lora_file(name, None, None, {}), name)
+    return _weights(_lora_file(name), name)
 
 
 def _pipeline(folder: Path, name: str) -> Facts:
@@ -296,20 +305,20 @@ def _told(metadata: Mapping[str, str], *names: str) -> Facts:
 
 
 def _command(what: str, settings: Facts | None) -> str | None:
-    """How to run what ``--lora`` or ``--model`` names, and what no option says."""
-    from .options import SAMPLERS
-
+    """How to run what ``--lora`` or ``--model`` names, and what that brings with it."""
     if settings is None:
         return None
-    sampler = next(short for short, sampler in SAMPLERS.items() if sampler.scheduler == settings["scheduler"])
-    weight = f":{settings['weight']:g}" if what.startswith("--lora") and settings["weight"] != 1 else ""
-    eta = f" --eta {settings['eta']:g}" if settings["eta"] else ""
-    more = {**settings["scheduler_options"], **({"timesteps": settings["timesteps"]} if settings["timesteps"] else {})}
-    extra = f" (and {', '.join(f'{key}={value}' for key, value in more.items())})" if more else ""
-    return (
-        f"{settings['method']}: {what}{weight} --scheduler {sampler} --steps {settings['num_inference_steps']} "
-        f"--guidance {settings['guidance_scale']:g}{eta}{extra}"
-    )
+    brings = {
+        "scheduler": sampler_label(settings["scheduler"]),
+        "steps": settings["num_inference_steps"],
+        "guidance": f"{settings['guidance_scale']:g}",
+        "eta": settings["eta"] or None,
+        "weight": settings["weight"] if settings["weight"] != 1 and what.startswith("--lora") else None,
+        **settings["scheduler_options"],
+        "timesteps": settings["timesteps"],
+    }
+    values = ", ".join(f"{name}={value}" for name, value in brings.items() if value is not None)
+    return f"{settings['method']}: {what}, which brings {values}"
 
 
 def _show_checkpoint(facts: Facts) -> Facts:
