@@ -88,18 +88,21 @@ def make_request(where: str, arguments: Mapping[str, Any], **fields: Any) -> Gen
     return GenerateRequest(**{**given, "lora_scale": scale, **fields})
 
 
-def controls(images: Any, count: int, scale: Any, start: Any = 0.0, end: Any = 1.0) -> tuple[Control, ...]:
+def controls(
+    images: Any, count: int, scale: Any, start: Any = 0.0, end: Any = 1.0, *, frames: bool = False
+) -> tuple[Control, ...]:
     """One `Control` for each of ``count`` networks.
 
     Args:
         images: what the one network reads, or a list with an entry a network; a list of lists holds one a prompt.
         count: how many networks there are.
         scale, start, end: numbers for all, or one a network.
+        frames: a list of lists holds the frames of each network instead.
 
     Raises:
         ValueError: the lists have another length than there are networks.
     """
-    if count != 1 and isinstance(images, list) and images and isinstance(images[0], list):
+    if count != 1 and not frames and isinstance(images, list) and images and isinstance(images[0], list):
         images = [list(entry) for entry in zip(*images, strict=True)]
     entries = list(images) if count != 1 and isinstance(images, list | tuple) else [images]
     columns = [entries, *(_each(value, count) for value in (scale, start, end))]

@@ -6,16 +6,21 @@ import importlib
 import inspect
 import itertools
 import os
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import hub
+from ..config import UnsupportedConfig, config_from_dict
 from ..loading import (
     CONFIG_NAME,
     Model,
+    WeightSource,
+    build,
     load_model,
     read_json,
     refuse_pickle,
@@ -24,10 +29,10 @@ from ..loading import (
 )
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.clip_vision import CLIPImageProcessor, CLIPVisionModel, CLIPVisionModelWithProjection
-from ..models.controlnet import ControlNetModel
-from ..models.motion import MotionAdapter
+from ..models.controlnet import ControlNetModel, MultiControlNetModel
+from ..models.motion import SLOT, MotionAdapter, config_of
 from ..models.safety import StableDiffusionSafetyChecker
-from ..models.t2i_adapter import T2IAdapter
+from ..models.t2i_adapter import MultiAdapter, T2IAdapter
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from ..models.vae_tiny import AutoencoderTiny
@@ -55,6 +60,13 @@ NETWORKS: Mapping[str, type[Model]] = {
         T2IAdapter,
     )
 }
+# Several networks as one component, each in a folder of its own.
+CONTAINERS: Mapping[str, type[MultiControlNetModel] | type[MultiAdapter]] = {
+    "MultiControlNetModel": MultiControlNetModel,
+    "MultiAdapter": MultiAdapter,
+}
+# A UNet with motion modules, as diffusers saves it.
+MOTION_UNET = "UNetMotionModel"
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
 
@@ -106,8 +118,13 @@ def component_files(files: list[str], name: str, kind: str, variant: str | None)
         return hub.required(files, prefix + PROCESSOR_NAME)
     if name == "scheduler":
         return hub.required(files, prefix + SCHEDULER_NAME)
-    if kind in NETWORKS:
+    if kind in NETWORKS or kind == MOTION_UNET:
         return [*hub.required(files, prefix + CONFIG_NAME), *select_weights(files, prefix, variant)]
+    if kind in CONTAINERS:
+        hub.required(files, prefix + CONFIG_NAME)
+        configs = [file for file in files if re.fullmatch(rf"{re.escape(name)}(_\d+)*/{CONFIG_NAME}", file)]
+        folders = [file.removesuffix(CONFIG_NAME) for file in configs]
+        return configs + [file for folder in folders for file in select_weights(files, folder, variant)]
     raise ValueError(f"Component {name!r} is a {kind}, which is not supported; pass {name}=… or {name}=None.")
 
 
@@ -119,7 +136,42 @@ def load_component(folder: Path, kind: str, variant: str | None, dtype: torch.dt
         return CLIPImageProcessor.from_pretrained(folder)
     if kind in NETWORKS:
         return load_model(NETWORKS[kind], folder, variant=variant, dtype=dtype)
+    if kind in CONTAINERS:
+        return CONTAINERS[kind].from_pretrained(folder, variant=variant, dtype=dtype)
     return load_scheduler(kind, read_json(folder / SCHEDULER_NAME))
+
+
+def load_motion_unet(
+    folder: Path, variant: str | None, dtype: torch.dtype | None
+) -> tuple[UNet2DConditionModel, MotionAdapter]:
+    """A UNet that was saved with motion modules, as the UNet for pictures and the motion adapter that it is made of.
+
+    Raises:
+        UnsupportedConfig: the configuration asks for what one of the two cannot be.
+        WeightError: the weights do not fit.
+    """
+    config = read_json(folder / CONFIG_NAME)
+    if config.get("mid_block_layers", 1) != 1 or config.get("reverse_motion_num_attention_heads") is not None:
+        raise UnsupportedConfig(f"{folder}: only UNetMotionModels made from a UNet and a motion adapter are supported.")
+    motion = re.compile("motion|temporal|mid_block_layers")
+    picture = {name: value for name, value in config.items() if not motion.search(name) and value is not None}
+    picture["attention_head_dim"] = picture.pop("num_attention_heads")
+    for name in ("down_block_types", "up_block_types"):
+        picture[name] = [kind.replace("Motion", "2D") for kind in picture[name]]
+    files = [folder / name for name in select_weights([path.name for path in folder.iterdir()], "", variant)]
+
+    def part(motion: bool) -> WeightSource:
+        published = MotionAdapter.published_name if motion else UNet2DConditionModel.published_name
+        return WeightSource.from_files(files, lambda key: published(key) if (SLOT in key) == motion else None)
+
+    source = part(motion=True)
+    told = {
+        "motion_num_attention_heads": config.get("motion_num_attention_heads", 8),
+        "motion_norm_num_groups": config.get("norm_num_groups", 32),
+    }
+    adapter = build(MotionAdapter, replace(config_of(source, str(folder)), **told), source, dtype=dtype)
+    unet_config = config_from_dict(UNet2DConditionModel.config_class, picture)
+    return build(UNet2DConditionModel, unet_config, part(motion=False), dtype=dtype, where=str(folder)), adapter
 
 
 def lora_file(

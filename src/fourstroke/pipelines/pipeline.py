@@ -12,40 +12,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .. import hub
 from ..conditioning import Components
 from ..denoise import DenoiseState
-from ..loading import Model, read_json, warn_unknown, write_json
+from ..loading import warn_unknown
 from ..lora.keys import unwrap
 from ..lora.merge import AdapterSet
 from ..lora.reading import read_lora
 from ..lora.weights import save_lora
-from ..models.clip import CLIPTextModel
-from ..models.clip_vision import CLIPVisionModelWithProjection
+from ..models.controlnet import MultiControlNetModel
 from ..models.motion import attach_motion_
-from ..models.safety import StableDiffusionSafetyChecker
+from ..models.t2i_adapter import MultiAdapter
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from ..models.vae_tiny import AutoencoderTiny
 from ..request import FreeInit, GenerateRequest, GenerateResult, Windows
-from ..schedulers import load_scheduler
-from ..single_file import load_single_file
-from .components import (
-    HARMLESS,
-    INDEX_NAME,
-    LORA_NAME,
-    SETTINGS,
-    component_files,
-    counted,
-    given_components,
-    is_setting,
-    library_of,
-    load_component,
-    lora_file,
-    pipeline_class,
-    published_class,
-)
+from .components import HARMLESS, LORA_NAME, SETTINGS, given_components, lora_file
+from .files import load_checkpoint, load_repository, save
 from .ip_adapter import (
+    encode_image,
     load_ip_adapter,
     prepare_ip_adapter_image_embeds,
     set_ip_adapter_scale,
@@ -56,6 +40,8 @@ from .run import call, generate, several
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# Component -> what holds several networks in its place.
+CONTAINERS: Mapping[str, type[nn.Module]] = {"controlnet": MultiControlNetModel, "adapter": MultiAdapter}
 LORA_TARGETS = ("unet", "text_encoder", "text_encoder_2")
 
 
@@ -83,7 +69,9 @@ class DiffusionPipeline:
     def _assemble(self, arguments: Mapping[str, Any]) -> None:
         """Take the components and settings out of a constructor's ``arguments``."""
         for name in self.component_names:
-            setattr(self, name, arguments.get(name))
+            value = arguments.get(name)
+            # As one module, several networks are moved, saved and listed like any other component.
+            setattr(self, name, CONTAINERS[name](value) if isinstance(value, list | tuple) else value)
         self.settings = {name: arguments[name] for name in SETTINGS if name in arguments}
         if arguments.get("add_watermarker"):
             warn_unknown(f"{type(self).__name__} (no watermark is put into pictures)", {"add_watermarker": True})
@@ -121,26 +109,7 @@ class DiffusionPipeline:
             FileNotFoundError: no such repository, or a file is missing in it.
             UnsupportedConfig, WeightError: a component is not what its configuration says, or is not supported.
         """
-        source = pretrained_model_name_or_path
-        where = {name: options.pop(name) for name in hub.OPTIONS if name in options}
-        index = read_json(hub.fetch(source, lambda files: hub.required(files, INDEX_NAME), **where) / INDEX_NAME)
-        target = pipeline_class(index.get("_class_name")) if cls is DiffusionPipeline else cls
-        given, known = given_components(f"{cls.__name__}.from_pretrained", target, options)
-        wanted = {
-            name: entry[1]
-            for name, entry in index.items()
-            if name in known and name not in given and isinstance(entry, list) and entry[1] is not None
-        }
-        folder = hub.fetch(
-            source,
-            lambda files: [
-                file for name, kind in wanted.items() for file in component_files(files, name, kind, variant)
-            ],
-            **where,
-        )
-        given |= {name: value for name, value in index.items() if name in known - given.keys() and is_setting(value)}
-        for name in counted(list(wanted)):
-            given[name] = load_component(folder / name, wanted[name], variant, dtype or torch_dtype)
+        target, given = load_repository(cls, pretrained_model_name_or_path, dtype or torch_dtype, variant, options)
         return target._complete(given)  # pyright: ignore[reportReturnType]
 
     @classmethod
@@ -168,23 +137,15 @@ class DiffusionPipeline:
         Raises:
             FileNotFoundError, ValueError, WeightError: see `fourstroke.single_file.load_single_file`.
         """
-        where = {name: options.pop(name) for name in hub.OPTIONS if name in options}
-        parts = load_single_file(
+        target, given = load_checkpoint(
+            cls,
             pretrained_model_link_or_path,
+            dtype or torch_dtype,
+            options,
             config=config,
             prediction_type=prediction_type,
             ignore=ignore,
-            dtype=dtype or torch_dtype,
-            skip=tuple(options),
-            progress=counted,
-            **where,
         )
-        kind = "StableDiffusionXLPipeline" if "text_encoder_2" in parts else "StableDiffusionPipeline"
-        target = pipeline_class(kind) if cls is DiffusionPipeline else cls
-        given, known = given_components(f"{cls.__name__}.from_single_file", target, options)
-        given = {name: value for name, value in parts.items() if name in known} | given
-        if isinstance(given.get("scheduler"), Mapping):
-            given["scheduler"] = load_scheduler(given["scheduler"]["_class_name"], given["scheduler"])
         return target._complete(given)  # pyright: ignore[reportReturnType]
 
     @classmethod
@@ -209,22 +170,14 @@ class DiffusionPipeline:
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, variant: str | None = None) -> None:
         """Write all components and ``model_index.json``; diffusers and `from_pretrained` read the folder.
 
-        Active LoRAs are part of the weights that are written, as in the pictures that they give.
+        Active LoRAs are part of the weights that are written, as in the pictures that they give. IP-Adapters and motion
+        modules are not part of the UNet's: the first have files of their own, the second a folder of their own.
+
+        Raises:
+            ValueError: a component has no ``save_pretrained``, such as a function in the place of the safety checker;
+                nothing is written then.
         """
-        folder = Path(save_directory)
-        index: dict[str, Any] = {"_class_name": type(self).__name__}
-        for name, component in self.components.items():
-            if isinstance(component, nn.Module):
-                # Not the wrapper that torch.compile puts around a module.
-                component = getattr(component, "_orig_mod", component)
-            index[name] = [library_of(component), published_class(component)]
-            if isinstance(component, CLIPTextModel | CLIPVisionModelWithProjection | StableDiffusionSafetyChecker):
-                component.save_pretrained(folder / name, variant=variant, stem="model")
-            elif isinstance(component, Model):
-                component.save_pretrained(folder / name, variant=variant)
-            elif component is not None and not isinstance(component, nn.Module):
-                component.save_pretrained(folder / name)
-        write_json(folder / INDEX_NAME, index | self.settings)
+        save(self, Path(save_directory), variant)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -386,46 +339,13 @@ class DiffusionPipeline:
         """Write a loaded LoRA in the layout that diffusers reads."""
         save_lora(Path(save_directory) / weight_name, self.adapters[adapter_name])
 
-    # IP-Adapter: names and meanings as in diffusers; the work is done in ip_adapter.py.
+    # IP-Adapters: functions of ip_adapter.py.
 
-    def load_ip_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict: Any,
-        subfolder: str | None | Sequence[str | None],
-        weight_name: str | None | Sequence[str | None],
-        image_encoder_folder: str | None = "image_encoder",
-        **where: Any,
-    ) -> None:
-        """Load IP-Adapters; see `fourstroke.pipelines.ip_adapter.load_ip_adapter`."""
-        load_ip_adapter(
-            self, pretrained_model_name_or_path_or_dict, subfolder, weight_name, image_encoder_folder, **where
-        )
-
-    def set_ip_adapter_scale(self, scale: Any) -> None:
-        """Set how much the IP-Adapters count: one number, a list, or numbers by block."""
-        set_ip_adapter_scale(self, scale)
-
-    def unload_ip_adapter(self) -> None:
-        """Take all IP-Adapters out, and the image encoder with them."""
-        unload_ip_adapter(self)
-
-    def prepare_ip_adapter_image_embeds(
-        self,
-        ip_adapter_image: Any,
-        ip_adapter_image_embeds: Sequence[Tensor] | None,
-        device: torch.device | str | None,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-    ) -> list[Tensor]:
-        """What can be passed as ``ip_adapter_image_embeds`` later; one tensor an adapter."""
-        return prepare_ip_adapter_image_embeds(
-            self,
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            device,
-            num_images_per_prompt,
-            do_classifier_free_guidance,
-        )
+    load_ip_adapter = load_ip_adapter
+    set_ip_adapter_scale = set_ip_adapter_scale
+    unload_ip_adapter = unload_ip_adapter
+    encode_image = encode_image
+    prepare_ip_adapter_image_embeds = prepare_ip_adapter_image_embeds
 
     # Animation.
 

@@ -130,9 +130,11 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, decode_denois
         )
         fields["image"] = None
     if nets:
-        pictures = arguments.get("conditioning_frames", arguments.get(pipe.control_argument))
+        frames = "conditioning_frames" in arguments
+        pictures = arguments["conditioning_frames" if frames else pipe.control_argument]
         window = (arguments[f"control_guidance_{name}"] for name in ("start", "end"))
-        fields["controls"] = controls(pictures, len(nets), arguments["controlnet_conditioning_scale"], *window)
+        scale = arguments["controlnet_conditioning_scale"]
+        fields["controls"] = controls(pictures, len(nets), scale, *window, frames=frames)
         if pipe.control_argument == "image":
             fields["image"] = None
     if "video" in arguments:
