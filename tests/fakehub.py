@@ -1,8 +1,7 @@
 """A hub of tiny random repositories under the names of the LCM-LoRA guide, in the layout of huggingface_hub's cache.
 
 Everything is written by diffusers and transformers themselves; only what newer releases of theirs write differently
-from what lies on the hub is put back into its older published form. All parameters are random and none is zero; what
-the networks give is scaled to the range of trained ones, so that pictures are neither flat nor saturated.
+from what lies on the hub is put back into its older published form. `fakenets` makes the networks.
 """
 
 from __future__ import annotations
@@ -21,10 +20,21 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .parity.oracles import COMMON, UNETS, randomise
+from .fakenets import (
+    WIDTH,
+    controlnet,
+    motion_adapter,
+    round_to_half,
+    safety_checker,
+    t2i_adapter,
+    targets,
+    text_encoder,
+    unet,
+    vae,
+)
+from .parity import image_prompts
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-WIDTH = 32
 RANK, ALPHA = 4, 8.0
 FORMS = ("old", "new")
 
@@ -34,10 +44,35 @@ XL = "stabilityai/stable-diffusion-xl-base-1.0"
 ANIMAGINE = "Linaqruf/animagine-xl"
 SSD1B = "segmind/SSD-1B"
 DREAMSHAPER_LCM = "SimianLuo/LCM_Dreamshaper_v7"
+DREAMSHAPER = "Lykon/dreamshaper-7"
+TOONYOU = "frankjoshua/toonyou_beta6"
+INPAINTING = "runwayml/stable-diffusion-inpainting"
+XL_INPAINTING = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
+REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
 LORA_SD15 = "latent-consistency/lcm-lora-sdv1-5"
 LORA_XL = "latent-consistency/lcm-lora-sdxl"
 LORA_SSD1B = "latent-consistency/lcm-lora-ssd-1b"
 PAPERCUT = "TheLastBen/Papercut_SDXL"
+ZOOM_IN = "guoyww/animatediff-motion-lora-zoom-in"
+CANNY, DEPTH = "lllyasviel/sd-controlnet-canny", "lllyasviel/sd-controlnet-depth"
+CANNY_XL, DEPTH_XL = "diffusers/controlnet-canny-sdxl-1.0", "diffusers/controlnet-depth-sdxl-1.0"
+T2I_CANNY, T2I_DEPTH = "TencentARC/t2iadapter_canny_sd15v2", "TencentARC/t2iadapter_depth_sd15v2"
+T2I_CANNY_XL, T2I_DEPTH_XL = "TencentARC/t2i-adapter-canny-sdxl-1.0", "TencentARC/t2i-adapter-depth-midas-sdxl-1.0"
+MOTION, MOTION_V2 = "diffusers/animatediff-motion-adapter-v1-5", "guoyww/animatediff-motion-adapter-v1-5-2"
+MOTION_XL = "guoyww/animatediff-motion-adapter-sdxl-beta"
+IP_ADAPTER = "h94/IP-Adapter"
+# Frames of the longest animation that a motion adapter is made for.
+MOTION_FRAMES: Mapping[str, int] = {MOTION: 24, MOTION_V2: 32, MOTION_XL: 32}
+STEERING: Mapping[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
+    **{name: (SD15, controlnet, {}) for name in (CANNY, DEPTH)},
+    **{name: (XL, controlnet, {}) for name in (CANNY_XL, DEPTH_XL)},
+    **{name: (SD15, t2i_adapter, {}) for name in (T2I_CANNY, T2I_DEPTH)},
+    **{name: (XL, t2i_adapter, {}) for name in (T2I_CANNY_XL, T2I_DEPTH_XL)},
+    **{
+        name: (XL if name == MOTION_XL else SD15, motion_adapter, {"frames": frames, "mid_block": name == MOTION_V2})
+        for name, frames in MOTION_FRAMES.items()
+    },
+}
 
 # The layers that the published LCM-LoRAs adapt.
 LCM_TARGETS = (
@@ -100,83 +135,6 @@ def write_tokenizer(folder: Path, texts: Iterable[str], pad_token: str, form: st
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def text_encoder(cls: type[nn.Module], vocab: Mapping[str, int], hidden_act: str) -> nn.Module:
-    """A CLIP text tower. ``eos_token_id`` is 2, as in every published Stable Diffusion."""
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(vocab),
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        projection_dim=WIDTH,
-        hidden_act=hidden_act,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-    )
-    encoder = randomise(cls(config), std=0.15)
-    nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
-    return encoder
-
-
-def vae() -> nn.Module:
-    """A VAE of factor 8 whose pictures fill about half of [-1, 1]."""
-    model = randomise(
-        diffusers.AutoencoderKL(
-            block_out_channels=(8, 8, 16, 16),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            norm_num_groups=4,
-            sample_size=64,
-        ),
-        std=0.2,
-    )
-    latents = torch.randn(4, 4, 8, 8) / model.config.scaling_factor
-    normalise(model.decoder.conv_out, lambda: model.decode(latents).sample, 0.35)
-    normalise(model.quant_conv, lambda: model.encode(torch.rand(4, 3, 64, 64) * 2 - 1).latent_dist.mean, 3.0)
-    return model
-
-
-def unet(kind: str, cross_attention_dim: int) -> nn.Module:
-    """A UNet for 64 x 64 pictures whose prediction has the scale of the noise and depends on the text."""
-    config = {**UNETS[kind], "cross_attention_dim": cross_attention_dim, "sample_size": 8}
-    model = randomise(diffusers.UNet2DConditionModel(**config), std=0.1)
-    # Loud conditions, so that another text, timestep or guidance gives another picture. But no sharper attention, which
-    # would make the network chaotic: rounding errors must stay rounding errors over the steps.
-    louder = {r"attn2\.(to_v|to_out\.0)$": 3.0, r"attn2\.(to_q|to_k)$": 1.5, r"(time_emb_proj|cond_proj)$": 4.0}
-    for pattern, factor in louder.items():
-        for layer in targets(model, pattern).values():
-            layer.weight.data *= factor
-    inputs: dict[str, Any] = {
-        "sample": torch.randn(4, config.get("in_channels", 4), 8, 8),
-        "timestep": torch.tensor([999, 759, 499, 259]),
-        "encoder_hidden_states": torch.randn(4, 77, cross_attention_dim),
-    }
-    if "addition_embed_type" in config:
-        sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(4, 1)
-        inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(4, WIDTH), "time_ids": sizes}
-    if "time_cond_proj_dim" in config:
-        inputs["timestep_cond"] = torch.randn(4, config["time_cond_proj_dim"])
-    normalise(model.conv_out, lambda: model(**inputs).sample, 1.0)
-    return model
-
-
-@torch.no_grad()
-def normalise(layer: nn.Module, output: Callable[[], Tensor], std: float) -> None:
-    """Scale and shift the last layer so that ``output()`` has mean 0 and the standard deviation ``std``."""
-    layer.weight *= std / output().std()
-    layer.bias -= output().mean()
-
-
-@torch.no_grad()
-def round_to_half(module: nn.Module) -> None:
-    """Make every parameter a float16 number other than 0, so that both variants of a file hold the same numbers."""
-    for parameter in module.parameters():
-        parameter[parameter.abs() < 1e-4] = 1e-4
-        parameter.copy_(parameter.half())
-    assert all(bool((parameter != 0).all()) for parameter in module.parameters())
-
-
 def seed_of(name: str) -> int:
     """The same random weights for a repository every time."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
@@ -191,14 +149,16 @@ def scheduler(cls: type, **options: Any) -> Any:
 
 
 def stable_diffusion(name: str, kind: str, texts: list[str]) -> diffusers.DiffusionPipeline:
-    """Stable Diffusion 1.5 (PNDM), 2.1 (v-prediction, DDIM) or a full LCM, without a safety checker."""
+    """Stable Diffusion 1.5 and its inpainting model (PNDM), 2.1 (v-prediction, DDIM) or a full LCM.
+
+    Fine-tuned models and the one for inpainting have a safety checker.
+    """
     torch.manual_seed(seed_of(name))
     vocab, merges = vocabulary(texts)
+    pndm = scheduler(diffusers.PNDMScheduler, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     cls, noise_scheduler = {
-        "sd15": (
-            diffusers.StableDiffusionPipeline,
-            scheduler(diffusers.PNDMScheduler, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
-        ),
+        "sd15": (diffusers.StableDiffusionPipeline, pndm),
+        "inpainting": (diffusers.StableDiffusionInpaintPipeline, pndm),
         "sd21": (
             diffusers.StableDiffusionPipeline,
             scheduler(
@@ -211,43 +171,55 @@ def stable_diffusion(name: str, kind: str, texts: list[str]) -> diffusers.Diffus
         ),
         "lcm": (diffusers.LatentConsistencyModelPipeline, scheduler(diffusers.LCMScheduler)),
     }[kind]
+    checker, extractor = safety_checker() if name in (DREAMSHAPER, TOONYOU, INPAINTING) else (None, None)
     return cls(
         vae=vae(),
         text_encoder=text_encoder(transformers.CLIPTextModel, vocab, "gelu" if kind == "sd21" else "quick_gelu"),
         tokenizer=transformers.CLIPTokenizer(vocab=vocab, merges=merges),
         unet=unet(kind, WIDTH),
         scheduler=noise_scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        safety_checker=checker,
+        feature_extractor=extractor,
+        requires_safety_checker=checker is not None,
     )
 
 
 def stable_diffusion_xl(name: str, kind: str, texts: list[str]) -> diffusers.DiffusionPipeline:
-    """SDXL or SSD-1B: two text encoders, sizes as conditions, Euler."""
+    """SDXL or SSD-1B: two text encoders, sizes as conditions, Euler. The refiner has the second text encoder only."""
     torch.manual_seed(seed_of(name))
     vocab, merges = vocabulary(texts)
     tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=merges)
-    return diffusers.StableDiffusionXLPipeline(
+    refiner = kind == "refiner"
+    cls, options = {
+        "refiner": (diffusers.StableDiffusionXLImg2ImgPipeline, {"requires_aesthetics_score": True}),
+        "xl inpainting": (diffusers.StableDiffusionXLInpaintPipeline, {}),
+    }.get(kind, (diffusers.StableDiffusionXLPipeline, {}))
+    return cls(
         vae=vae(),
-        text_encoder=text_encoder(transformers.CLIPTextModel, vocab, "quick_gelu"),
+        text_encoder=None if refiner else text_encoder(transformers.CLIPTextModel, vocab, "quick_gelu"),
         text_encoder_2=text_encoder(transformers.CLIPTextModelWithProjection, vocab, "gelu"),
-        tokenizer=tokenizer,
+        tokenizer=None if refiner else tokenizer,
         tokenizer_2=tokenizer,
-        unet=unet(kind, 2 * WIDTH),
+        unet=unet(kind, WIDTH if refiner else 2 * WIDTH),
         scheduler=scheduler(diffusers.EulerDiscreteScheduler, timestep_spacing="leading", steps_offset=1),
-        force_zeros_for_empty_prompt=True,
+        force_zeros_for_empty_prompt=not refiner,
         add_watermarker=False,
+        **options,
     )
 
 
 REPOSITORIES: Mapping[str, tuple[Callable[..., diffusers.DiffusionPipeline], str]] = {
     SD15: (stable_diffusion, "sd15"),
     SD21: (stable_diffusion, "sd21"),
+    DREAMSHAPER: (stable_diffusion, "sd15"),
     DREAMSHAPER_LCM: (stable_diffusion, "lcm"),
+    TOONYOU: (stable_diffusion, "sd15"),
+    INPAINTING: (stable_diffusion, "inpainting"),
     XL: (stable_diffusion_xl, "xl"),
     ANIMAGINE: (stable_diffusion_xl, "xl"),
     SSD1B: (stable_diffusion_xl, "ssd1b"),
+    XL_INPAINTING: (stable_diffusion_xl, "xl inpainting"),
+    REFINER: (stable_diffusion_xl, "refiner"),
 }
 
 
@@ -297,27 +269,37 @@ def put_into_form(folder: Path, texts: list[str], form: str) -> None:
         write_tokenizer(tokenizer, texts, "!" if tokenizer.name == "tokenizer_2" else END, form)
 
 
-def add_pipeline(cache: Path, name: str, texts: list[str]) -> None:
-    """One model repository: float32 weights and an fp16 variant beside them."""
+def add_pipeline(cache: Path, name: str, texts: list[str]) -> diffusers.DiffusionPipeline:
+    """One model repository: float32 weights and an fp16 variant beside them, which hold the same numbers."""
     make, kind = REPOSITORIES[name]
     pipe = make(name, kind, texts)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             round_to_half(component)
     folder = snapshot(cache, name)
-    pipe.save_pretrained(folder)
+    # The configurations, which name the dtype, are the last ones written.
     pipe.to(dtype=torch.float16).save_pretrained(folder, variant="fp16")
+    pipe.to(dtype=torch.float32).save_pretrained(folder)
+    return pipe
 
 
-def targets(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
-    """The linear and convolutional layers whose path ends like ``pattern``."""
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and re.search(pattern, name)
+def add_network(cache: Path, name: str, network: nn.Module) -> None:
+    """A repository with one network, float32 and fp16."""
+    round_to_half(network)
+    network.half().save_pretrained(snapshot(cache, name), variant="fp16")
+    network.float().save_pretrained(snapshot(cache, name))
+
+
+def add_image_prompts(cache: Path, unets: Mapping[str, nn.Module]) -> None:
+    """IP-Adapters for SD 1.5 (plain and plus) and SDXL, laid out as they are published."""
+    torch.manual_seed(seed_of(IP_ADAPTER))
+    files = {
+        "models/ip-adapter_sd15.safetensors": image_prompts.adapter(unets[SD15], "plain"),
+        "models/ip-adapter-plus_sd15.safetensors": image_prompts.adapter(unets[SD15], "plus"),
+        "sdxl_models/ip-adapter_sdxl.safetensors": image_prompts.adapter(unets[XL], "plain"),
     }
-    assert found
-    return found
+    encoders = ("models/image_encoder", "sdxl_models/image_encoder")
+    image_prompts.repository(snapshot(cache, IP_ADAPTER), files, encoders)
 
 
 def pairs(model: nn.Module, pattern: str, strength: float) -> dict[str, tuple[Tensor, Tensor]]:
@@ -397,19 +379,22 @@ def add_loras(cache: Path) -> None:
             lora = {text_model_name(name): pair for name, pair in lora.items()}
         style |= kohya(prefix, lora, alpha=ALPHA / 2)
     write_lora(snapshot(cache, PAPERCUT), style, "papercut.safetensors")
+    torch.manual_seed(seed_of(ZOOM_IN))
+    zoom = pairs(diffusers.MotionAdapter.from_pretrained(snapshot(cache, MOTION)), STYLE_TARGETS, 1.0)
+    write_lora(snapshot(cache, ZOOM_IN), old_diffusers("unet", zoom), "diffusion_pytorch_model.safetensors")
 
 
 def build(caches: Mapping[str, Path], texts: list[str]) -> None:
     """Fill one cache a published form; ``caches`` has a folder for each of `FORMS`, and both get the same weights."""
     first, *others = caches.values()
-    for name in REPOSITORIES:
-        add_pipeline(first, name, texts)
+    unets = {name: add_pipeline(first, name, texts).unet for name in REPOSITORIES}
+    for name, (base, make, options) in STEERING.items():
+        torch.manual_seed(seed_of(name))
+        add_network(first, name, make(unets[base], **options))
+    add_image_prompts(first, unets)
     add_loras(first)
     for cache in others:
         shutil.copytree(first, cache)
     for form, cache in caches.items():
         for name in REPOSITORIES:
             put_into_form(snapshot(cache, name), texts, form)
-
-
-assert COMMON["block_out_channels"] == (32, 64), "the networks above are made for two levels"

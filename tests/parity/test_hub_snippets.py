@@ -7,31 +7,36 @@ first: what it compares would change if a condition were left out.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import filelock
 import numpy as np
+import PIL.Image
+import PIL.ImageSequence
 import pytest
 import torch
-from huggingface_hub import constants
-
-import fourstroke
 
 from .. import fakehub
 from ..fakehub import ANIMAGINE, DREAMSHAPER_LCM, SD15, SD21, SSD1B, XL
 from .guide import SNIPPETS, for_library
-
-PROMPT, OTHER_PROMPT, NEGATIVE = "a red fox in the snow", "a beautiful cyborg, cute painting", "low quality, night"
-TEXTS = [*SNIPPETS.values(), PROMPT, OTHER_PROMPT, NEGATIVE]
-LIBRARIES = {"fourstroke": fourstroke, "diffusers": diffusers}
-LORAS = {SD15: fakehub.LORA_SD15, XL: fakehub.LORA_XL, SSD1B: fakehub.LORA_SSD1B}
-MAX_DIFFERENCE, MEAN_DIFFERENCE, EFFECT = 2 / 255, 0.05 / 255, 1 / 255
+from .pictures import (
+    EFFECT,
+    LIBRARIES,
+    LORAS,
+    NEGATIVE,
+    OTHER_PROMPT,
+    PROMPT,
+    assert_same_pictures,
+    both,
+    hole,
+    load,
+    paint,
+    shapes,
+)
 
 # What the peer says about itself and about the snippet's own words; none of it is ours.
 pytestmark = [
+    pytest.mark.usefixtures("peer_without_words"),
     pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:peft"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
@@ -39,92 +44,73 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="session")
-def hubs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Path]:
-    """One cache a published form, built once for all test processes."""
-    root = tmp_path_factory.getbasetemp()
-    root = root if worker_id == "master" else root.parent
-    caches = {form: root / f"fakehub-{form}" for form in fakehub.FORMS}
-    with filelock.FileLock(root / "fakehub.lock"):
-        if not (root / "fakehub-done").exists():
-            fakehub.build(caches, TEXTS)
-            (root / "fakehub-done").touch()
-    return caches
-
-
-@pytest.fixture(autouse=True)
-def quiet_peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without progress bars and log lines; and the peer finds a LoRA's only file offline, as it does online."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-
-    def only_file(name: str, file_extension: str = ".safetensors", **_: Any) -> str:
-        [path] = fakehub.snapshot(Path(constants.HF_HUB_CACHE), name).glob(f"*{file_extension}")
-        return path.name
-
-    monkeypatch.setattr("diffusers.loaders.lora_base._best_guess_weight_name", only_file)
-    yield
-
-
-@pytest.fixture(params=fakehub.FORMS)
-def form(request: pytest.FixtureRequest, hubs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
-    """The hub in one of the published forms; tests that do not ask for it run in the old one."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hubs[request.param]))
-    return request.param
-
-
-@pytest.fixture
-def hub(hubs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hubs["old"]))
-    return hubs["old"]
-
-
-def assert_same_pictures(ours: np.ndarray, theirs: np.ndarray) -> None:
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    difference = np.abs(ours - theirs)
-    assert difference.max() <= MAX_DIFFERENCE and difference.mean() <= MEAN_DIFFERENCE, (
-        f"largest {255 * difference.max():.3f}, mean {255 * difference.mean():.4f} (of 255)"
-    )
-    for picture in theirs:
-        assert picture.std() > 0.05, "a flat picture would be compared with nothing"
-
-
-def load(library: str, name: str, *, lora: Any = None, lcm: bool = True, **options: Any) -> Any:
-    """A pipeline of one of the libraries, as the guide sets it up."""
-    module = LIBRARIES[library]
-    pipe = module.DiffusionPipeline.from_pretrained(name, **{"torch_dtype": torch.float32, **options}).to("cpu")
-    pipe.set_progress_bar_config(disable=True)
-    if lcm:
-        pipe.scheduler = module.LCMScheduler.from_config(pipe.scheduler.config)
-    if lora is not None:
-        pipe.load_lora_weights(lora)
-    return pipe
-
-
-def paint(pipe: Any, prompt: Any = PROMPT, *, seed: int | list[int] = 0, **call: Any) -> np.ndarray:
-    """(N, 64, 64, 3) in [0, 1]; four steps without guidance unless ``call`` says otherwise."""
-    generator = torch.manual_seed(seed) if isinstance(seed, int) else [torch.Generator().manual_seed(s) for s in seed]
-    call = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "np", **call}
-    return pipe(prompt, generator=generator, **call).images
-
-
-def both(name: str, *, setup: dict[str, Any] | None = None, **call: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The same pictures by Fourstroke and by diffusers."""
-    ours, theirs = (paint(load(library, name, **(setup or {})), **call) for library in LIBRARIES)
-    return ours, theirs
-
-
 # The guide
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippet(snippet: str, form: str) -> None:
-    pictures = []
+# The picture on the web -> what lies in its place.
+DATASET = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/diffusers"
+PICTURES = {
+    f"{DATASET}/img2img-init.png": shapes(1),
+    "https://hf.co/datasets/huggingface/documentation-images/resolve/main/diffusers/input_image_vermeer.png": shapes(2),
+    "https://huggingface.co/Adapter/t2iadapter/resolve/main/figs_SDXLV1.0/org_canny.jpg": shapes(3),
+    f"{DATASET}/inpaint.png": shapes(4),
+    f"{DATASET}/inpaint_mask.png": hole(),
+}
+# Pictures of 512 and 1024 pixels: once is enough.
+LARGE = ("controlnet", "t2i-adapter")
+RUNS = [(form, name) for name in SNIPPETS for form in fakehub.FORMS if form == "old" or name not in LARGE]
+# What a snippet makes ours say, where the peer is silent.
+WARNINGS = {"t2i-adapter": "varient", "inpainting": "guidance_scale is 4"}
+
+
+def run_snippet(snippet: str, library: str, folder: Path) -> dict[str, Any]:
+    """The variables that a snippet leaves, run in ``folder``."""
+    files = {}
+    for i, (url, picture) in enumerate(PICTURES.items()):
+        files[url] = str(folder / f"{i}.png")
+        picture.save(files[url])
+    module = __import__(f"{library}.utils", fromlist=["make_image_grid"])
+    # Two snippets go on from the imports of others.
+    names: dict[str, Any] = {"torch": torch, "make_image_grid": module.make_image_grid}
+    code = compile(for_library(SNIPPETS[snippet], library, files), f"{snippet} ({library})", "exec")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(code, names)
+    if library == "fourstroke":
+        expected = WARNINGS.get(snippet)
+        assert [expected in str(warning.message) for warning in caught] == [True] * (expected is not None)
+    return names
+
+
+def read_gif(path: Path) -> tuple[np.ndarray, list[int], int]:
+    """(F, H, W, 3) in [0, 1], each frame's milliseconds, and how often it plays (0: for ever)."""
+    with PIL.Image.open(path) as gif:
+        frames = [(frame.convert("RGB"), frame.info["duration"]) for frame in PIL.ImageSequence.Iterator(gif)]
+        return np.stack([frame for frame, _ in frames]) / 255, [time for _, time in frames], gif.info["loop"]
+
+
+@pytest.mark.parametrize(("form", "snippet"), RUNS, indirect=["form"])
+def test_snippet(snippet: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = {}
     for library in LIBRARIES:
-        names: dict[str, Any] = {"torch": torch}
-        exec(compile(for_library(SNIPPETS[snippet], library), f"{snippet} ({library})", "exec"), names)
-        pictures.append(np.asarray(names["image"])[None] / 255)
-    assert_same_pictures(*pictures)
+        folder = tmp_path / library
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        left[library] = run_snippet(snippet, library, folder)
+    ours, theirs = (
+        np.stack([np.asarray(picture) for picture in names.get("frames") or [names["image"]]]) / 255
+        for names in left.values()
+    )
+    assert_same_pictures(ours, theirs)
+    if snippet != "animatediff":
+        return
+    for library, names in left.items():
+        frames, durations, loop = read_gif(tmp_path / library / "animation.gif")
+        assert (len(frames), durations, loop) == (24, [100] * 24, 0)
+        # GIF's palettes turn over where one value is one off; of the same frames the two write the same file.
+        other = left["diffusers" if library == "fourstroke" else "fourstroke"]["export_to_gif"]
+        again = other(names["frames"], str(tmp_path / f"{library}.gif"))
+        assert Path(again).read_bytes() == (tmp_path / library / "animation.gif").read_bytes()
 
 
 # Every kind of model, in both forms, with its LCM-LoRA and with its own scheduler
