@@ -140,6 +140,17 @@ def test_methods_of_the_lora_page_exist() -> None:
         assert callable(getattr(fourstroke.DiffusionPipeline, name)), name
 
 
+def test_errors_of_the_lora_page_are_raised() -> None:
+    text = (ROOT / "docs" / "lora.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (SOURCE / "lora").glob("*.py"))
+    messages = re.findall(r"^\| ([^|]+) \|", text[text.index("| message | mend |") :], flags=re.MULTILINE)[1:]
+    assert len(messages) >= 6
+    for message in messages:
+        # What stands for a name or a kind, and "keys that", which the report puts in front.
+        for part in re.split(r"^keys that|…|SDXL|SD 1\.5|OFT \(.*?\)", message):
+            assert part.strip() in source, part
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_shipped_names_of_the_pages_exist(page: Path) -> None:
     for name in re.findall(r"[`\"](emoji/[\w-]+)[`\"]", page.read_text(encoding="utf-8")):
@@ -224,7 +235,7 @@ def test_benchmarks_and_extras_of_the_pages_exist() -> None:
     extras = set(
         re.findall(r"^(\w+) = \[", text.split("[project.optional-dependencies]")[1].split("\n[")[0], re.MULTILINE)
     )
-    assert extras == {"cpu", "server", "ray", "train", "video", "controls"}
+    assert extras == {"cpu", "server", "ray", "train", "video", "controls", "annotators"}
     for page in PAGES:
         for extra in re.findall(r"fourstroke\[(\w+)\]", page.read_text(encoding="utf-8")):
             assert extra in extras, extra
