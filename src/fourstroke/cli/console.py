@@ -105,7 +105,9 @@ def _explain_usage(error: Any) -> str:
         mend = f" Did you mean {known!r}?" if known else did_you_mean(option, error.possibilities or ())
         return f"There is no option {option}.{mend or place}"
     # typer passes pydantic's words on: "Input should be a valid integer, unable to parse string as an integer".
-    text = re.sub(r"Input should be ([^,.]+), unable to parse [^.]*", r"it should be \1", error.format_message())
+    text = re.sub(
+        r"Input should be ([^,]+?)(, unable to parse [^.]*)?(?=\.?$)", r"it should be \1", error.format_message()
+    )
     return f"{text.rstrip('.')}.{place}"
 
 

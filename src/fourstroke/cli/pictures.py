@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ STEERING = ("controls", "adapters")
 # Names whose pictures are drawings on black. In these most pixels are dark, and few lie between dark and bright.
 DRAWINGS = ("canny", "lineart")
 DARK, BRIGHT, MOSTLY_DARK, FEW_BETWEEN = 32, 223, 0.5, 0.1
-# How much larger or smaller than the picture one may paint without a word.
-NOTABLE = 1.3
 
 
 @dataclass
@@ -145,7 +142,8 @@ def prepare(pictures: Sequence[Picture], base: Base, fields: Mapping[str, Any], 
     # SDXL's T2I-Adapters halve a picture once more than the other networks.
     factor = 16 if any(picture.field == "adapters" for picture in pictures) else 8
     height, width = base.fitting_size(own, *given, factor)
-    if given == (None, None) and not 1 / NOTABLE <= height * width / math.prod(own) <= NOTABLE:
+    resized = max(abs(height - own[0]), abs(width - own[1])) >= factor  # and not only rounded down
+    if given == (None, None) and resized:
         warnings.warn(
             f"{source.place} has {own[1]}x{own[0]} pixels, and {base.name} is made for {base.size[1]}x{base.size[0]}: "
             f"it is painted at {width}x{height}; --size sets another size.",
