@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from fourstroke import GenerateRequest
 from fourstroke.cli import app
+from fourstroke.cli.generate import command
+from fourstroke.families import FAMILIES, KINDS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 
 VERBS = ["generate", "models", "inspect", "info"]
 
@@ -47,3 +53,43 @@ def test_options_of_generate_are_the_fields_of_the_request(field: dataclasses.Fi
     if field.default is not None:
         shown = re.search(rf"{re.escape(sentence)}\s*\[default:\s*([^\]]+)\]", text)
         assert shown and shown[1].strip() == str(field.default)
+
+
+# docs/cli.md
+
+
+def options_of_generate() -> set[str]:
+    return {flag for parameter in command().params for flag in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def test_options_of_the_page_exist() -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE)) - {"--help"}
+    assert named <= options_of_generate()
+    tasks = ("image", "strength", "mask", "mask-crop", "control", "adapter", "detect", "no-detect", "ip-image")
+    for option in (*tasks, "ip-adapter", "frames", "motion", "windows", "window-length", "fps", "no-lcm", "size"):
+        assert f"--{option}" in named, option
+
+
+@pytest.mark.parametrize("line", re.findall(r"^fourstroke generate (.+)$", PAGE, flags=re.MULTILINE))
+def test_commands_of_the_page_parse(line: str) -> None:
+    context = command().make_context("generate", shlex.split(line))
+    assert context.params["prompt"] and context.params["output"]
+
+
+def test_short_names_of_the_page_are_those_of_the_families() -> None:
+    header, *rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in re.search(r"^\| option \| SD 1\.5.*?\n\n", PAGE, flags=re.MULTILINE | re.DOTALL)[0].splitlines()
+        if line.startswith("|") and "---" not in line
+    ]
+    kinds = {"--control": "ControlNet", "--adapter": "T2I-Adapter", "--ip-adapter": "IP-Adapter"}
+    assert {row[0] for row in rows} == set(kinds) and set(kinds.values()) == set(KINDS)
+    for option, *cells in rows:
+        for family, cell in zip(header[1:], cells, strict=True):
+            assert [name for name in cell.split(", ") if name] == list(FAMILIES[family].known(kinds[option]))
+
+
+def test_panels_group_the_options() -> None:
+    panels = re.findall(r"─ ([A-Z][\w ]+?) ─", help_of("generate"))
+    for panel in ("Picture", "Size", "Start picture", "Control", "Animation", "LoRA", "Model", "Output"):
+        assert panel in panels
