@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -335,6 +337,19 @@ def test_edges_of_each_frame(sd15: str, files: Path, seen: list[GenerateRequest]
     for i, frame in enumerate(seen[0].adapters[0].image):
         source = array(utils.load_video("clip.gif")[i]).astype(np.uint8)
         np.testing.assert_array_equal(array(frame)[..., 0], cv2.Canny(source, 100, 200))
+
+
+def test_a_preview_shows_the_middle_of_an_animation(sd15: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verb = importlib.import_module("fourstroke.cli.generate")
+    shown: list[Any] = []
+    screen = SimpleNamespace(show=shown.append)
+    monkeypatch.setattr(verb, "open_preview", lambda engine, console: (screen, lambda latents: latents))
+    generate(sd15, "--frames", "5", "--num", "2", "-o", "x.gif")
+    assert [latents.shape for latents in shown[:-1]] == [(2, 4, 4, 4)] * 2
+    frames = [frames_of(files / f"x-{i}.gif")[0] for i in (1, 2)]
+    for image, own in zip(shown[-1], frames, strict=True):
+        distances = [abs(array(image) - frame).mean() for frame in own]
+        assert min(distances) == distances[2]
 
 
 # What is wrong
