@@ -46,6 +46,11 @@ KNOWN: tuple[tuple[str, Settings], ...] = (
     (r"hyper-?sd(?!3).*\b1-?step", Settings("Hyper-SD", "TCDScheduler", 1, eta=1.0)),
     (r"hyper-?sd(?!3).*cfg", Settings("Hyper-SD (CFG preserved)", "DDIMScheduler", 8, 5.0, _TRAILING)),
     (r"hyper-?sd(?!3)", Settings("Hyper-SD", "DDIMScheduler", 4, 1.0, _TRAILING)),
+    # ByteDance/AnimateDiff-Lightning
+    (
+        r"animate-?diff-?lightning",
+        Settings("AnimateDiff-Lightning", "EulerDiscreteScheduler", 4, 1.0, {**_TRAILING, "beta_schedule": "linear"}),
+    ),
     # ByteDance/SDXL-Lightning; its model of one step predicts the sample
     (
         r"xl-?lightning.*\b1-?step",
