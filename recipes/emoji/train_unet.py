@@ -1,7 +1,7 @@
 """Stage 3: the UNet, with the text encoder along at a fifth of its rate.
 
-``python recipes/emoji/train_unet.py --minutes 65``, then ``--refine --minutes 30``: the second goes on from the
-first with few moved copies, so that where a picture stands is no question any more and four steps can be sharp.
+``python recipes/emoji/train_unet.py --minutes 65``, then ``--refine --steps 3000``: the second goes on from the first
+with few moved copies, so that where a picture stands is no question any more and four steps can be sharp.
 
 Epsilon prediction on cached latents, scaled_linear betas, min-SNR weights (Hang et al. 2023, gamma 5), 10 % empty
 captions for guidance. Noisy timesteps are drawn more often than clean ones: four-step sampling stands on them, and
