@@ -19,6 +19,7 @@ from .models.unet import UNet2DConditionModel
 from .models.vae import AutoencoderKL
 from .models.vae_tiny import AutoencoderTiny
 from .request import GenerateRequest
+from .runtime.offload import Offload
 from .text import TextEncoding, Tokenizer, encode_prompts
 
 
@@ -31,6 +32,7 @@ class Components:
         force_zeros_for_empty_prompt: SDXL base was trained with zeros, not with the encoding of "", as no text.
         requires_aesthetics_score: SDXL's refiner reads an aesthetic score in place of the target size.
         controlnets, t2i_adapters: one a control picture of the request.
+        offload: what keeps the networks on the CPU while they do not work; None leaves them where they are.
     """
 
     unet: UNet2DConditionModel
@@ -42,6 +44,17 @@ class Components:
     requires_aesthetics_score: bool = False
     controlnets: Sequence[ControlNetModel] = ()
     t2i_adapters: Sequence[T2IAdapter] = ()
+    offload: Offload | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks work."""
+        return self.unet.device if self.offload is None else self.offload.device
+
+    def bring(self, *networks: nn.Module) -> None:
+        """Say which networks work next; with an ``offload`` they, and no others, are on the device then."""
+        if self.offload is not None:
+            self.offload.bring(*networks)
 
     @property
     def xl(self) -> bool:
@@ -88,7 +101,7 @@ def _given(parts: Components, embeds: Tensor | None, pooled: Tensor | None, pref
             f"{prefix}prompt_embeds needs {prefix}pooled_prompt_embeds beside it, for SDXL reads both; "
             "encode_prompt() gives the two."
         )
-    device, dtype = parts.unet.device, parts.text_encoders[-1].dtype if parts.text_encoders else parts.unet.dtype
+    device, dtype = parts.device, parts.text_encoders[-1].dtype if parts.text_encoders else parts.unet.dtype
     # Models without pooled conditioning never read it; an empty one keeps the type simple.
     pooled = embeds.new_zeros(embeds.shape[0], 0) if pooled is None else pooled
     return TextEncoding(embeds.to(device, dtype), pooled.to(device))
@@ -99,6 +112,7 @@ def _encode(parts: Components, request: GenerateRequest, name: str, clip_skip: i
     second = request.texts(f"{name}_2") or first
     # A model with only the second encoder (SDXL's refiner) reads the first text.
     texts = [first] if len(parts.text_encoders) == 1 else [first, second][: len(parts.text_encoders)]
+    parts.bring(*parts.text_encoders)
     return encode_prompts(texts, parts.tokenizers, parts.text_encoders, penultimate=parts.xl, clip_skip=clip_skip)
 
 
@@ -257,11 +271,13 @@ def steer(
     found = []
     for control, net in zip(request.controls, parts.controlnets, strict=True):
         pictures = control_to_tensor(control.image, *size, resize_mode=mode, crops_coords=box)
+        parts.bring(*parts.controlnets)
         condition = per_row(net.embed_condition(pictures.to(net.device, net.dtype)), request, "control picture")
         condition = condition.repeat(1 if guesses(parts, request) else halves, 1, 1, 1)
         found.append(Steering(control.start, control.end, net, condition, control.scale))
     for control, adapter in zip(request.adapters, parts.t2i_adapters, strict=True):
         pictures = adapter_to_tensor(control.image, *size, channels=adapter.config.in_channels)
+        parts.bring(adapter)
         pictures = pictures.to(adapter.device, adapter.dtype)
         features = (per_row(value, request, "control picture") * control.scale for value in adapter(pictures))
         found.append(

@@ -195,19 +195,20 @@ def prepare(parts: Components, request: GenerateRequest, image_tokens: Sequence[
         ValueError: the request does not fit the model; no network has run by then.
     """
     check(parts, request)
-    size, batch, unet = picture_size(parts, request), request.batch_size, parts.unet
+    size, batch, unet, device = picture_size(parts, request), request.batch_size, parts.unet, parts.device
     generator = request.generator
     if generator is None and request.seed is not None:
         generator = generators_for_seeds(request.seed, batch)
     guided = parts.guided(request.guidance_scale)
     _warn_about_guidance(parts, request, guided)
 
+    timesteps = make_schedule(parts.scheduler, request, device)
     positive, negative = encode_text(parts, request, guided)
     rows = positive if negative is None else _stack(negative, positive)
-    frames, dtype, device = request.num_frames or 1, positive.embeds.dtype, unet.device
-    steering = steer(parts, request, size, guided, crop_box(request, size))
-    timesteps = make_schedule(parts.scheduler, request, device)
+    frames, dtype = request.num_frames or 1, positive.embeds.dtype
     start = start_latents(parts, request, size, timesteps[:1], generator, dtype)
+    # After the pictures, so that the ControlNets stay on the device from here on.
+    steering = steer(parts, request, size, guided, crop_box(request, size))
     state = DenoiseState(
         latents=start.latents,
         timesteps=timesteps,
@@ -258,6 +259,7 @@ def denoise(parts: Components, state: DenoiseState) -> Iterator[DenoiseState]:
     Nothing here waits for the device: timesteps stay tensors, and the scheduler counts its steps itself.
     """
     scheduler = parts.scheduler
+    parts.bring(parts.unet, *parts.controlnets)
     for index, timestep in enumerate(state.timesteps):
         prediction = predict(parts, state, index, timestep)
         if state.guided:

@@ -100,7 +100,7 @@ def start_latents(
     Raises:
         ValueError: latents, picture or mask do not fit the request.
     """
-    factor, device, scheduler = parts.vae.downscale, parts.unet.device, parts.scheduler
+    factor, device, scheduler = parts.vae.downscale, parts.device, parts.scheduler
     layout = () if request.num_frames is None else (request.num_frames,)
     shape = (request.batch_size, parts.vae.config.latent_channels, *layout, size[0] // factor, size[1] // factor)
     given = request.latents
@@ -146,7 +146,7 @@ def _masked_start(
     dtype: torch.dtype,
     given: Tensor | None,
 ) -> StartLatents:
-    scheduler, device, frames = parts.scheduler, parts.unet.device, request.num_frames
+    scheduler, device, frames = parts.scheduler, parts.device, request.num_frames
     box = crop_box(request, size)
     mode = "default" if box is None else "fill"
     picture = to_tensor(request.image, *size, resize_mode=mode, crops_coords=box)
@@ -169,7 +169,7 @@ def _masked_start(
     if not nine:
         # diffusers encodes the masked picture here as well, and leaves it unused; its random numbers come before those
         # of the steps.
-        _draw_unused(parts.vae, request, (len(picture), *shape[1:2], *shape[-2:]), generator, dtype)
+        _draw_unused(parts, request, (len(picture), *shape[1:2], *shape[-2:]), generator, dtype)
         return StartLatents(latents, noise, clean, rows)
     if request.masked_image_latents is not None:
         hidden = per_row(request.masked_image_latents.to(device, dtype), request, "masked picture")
@@ -180,12 +180,12 @@ def _masked_start(
 
 
 def _draw_unused(
-    vae: VAE, request: GenerateRequest, shape: Sequence[int], generator: Generators, dtype: torch.dtype
+    parts: Components, request: GenerateRequest, shape: Sequence[int], generator: Generators, dtype: torch.dtype
 ) -> None:
-    if isinstance(vae, AutoencoderTiny) or request.masked_image_latents is not None:
+    if isinstance(parts.vae, AutoencoderTiny) or request.masked_image_latents is not None:
         return
     count = len(generator) if isinstance(generator, Sequence) else shape[0]
-    randn_tensor((count, *shape[1:]), generator, device=vae.device, dtype=dtype)
+    randn_tensor((count, *shape[1:]), generator, device=parts.device, dtype=dtype)
 
 
 @torch.no_grad()
@@ -199,10 +199,11 @@ def encode_pictures(
     Returns:
         (N, 4, h, w), or (N, 4, F, h, w) for animations.
     """
-    vae, frames, device = parts.vae, request.num_frames, parts.unet.device
+    vae, frames, device = parts.vae, request.num_frames, parts.device
     if pictures.shape[1] == 4:
         return with_frames(per_row(pictures.to(device, dtype), request, "picture"), frames)
     chunk = request.decode_chunk_size if frames is not None else len(pictures)
+    parts.bring(vae)
     with upcast(vae, parts.xl) as vae_dtype:
         encoded = [vae.encode(part.to(device, vae_dtype)) for part in pictures.split(chunk)]
     latents = _sample(encoded, request, generator).to(dtype)

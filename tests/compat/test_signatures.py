@@ -30,7 +30,8 @@ METHODS = [
 def parameters(function: object) -> dict[str, object]:
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():  # type: ignore[arg-type]
-        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+        # The pipeline itself has another name where a function serves as a method.
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and name not in ("self", "pipe"):
             default = parameter.default
             found[name] = tuple(default) if isinstance(default, list) else default
     return found

@@ -149,6 +149,8 @@ def stand_in(world: World, image_encoder: Any = None, feature_extractor: Any = N
         feature_extractor=feature_extractor,
         device=torch.device("cpu"),
         dtype=torch.float32,
+        _execution_device=torch.device("cpu"),
+        _bring=lambda *_: None,
     )
 
 

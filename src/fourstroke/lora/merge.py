@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -307,6 +308,9 @@ class AdapterSet:
         written, scale = 0, finite(self.scale)
         for component, model in self._present():
             bases = self._bases.get(component)
+            if bases is not None and bases.model is not model:
+                # Another model took its place: the old one gets its own weights back.
+                bases.apply({})
             if bases is None or bases.model is not model:
                 bases = self._bases[component] = _Bases(component, model)
             stamp = (self._revision, self.enabled, scale)
@@ -333,6 +337,36 @@ class AdapterSet:
         if unknown := [component for component in wanted if component not in self.models]:
             raise LoraError(f"unknown component {', '.join(map(repr, unknown))}; there are {listed(self.models)}")
         return wanted
+
+
+_SET = "_adapter_set"
+"""The attribute of a UNet that leads to the set that acts on it."""
+
+
+class _Link:
+    """From a UNet to the set of adapters that acts on it, without keeping the set; copies of the UNet have none."""
+
+    def __init__(self, adapters: AdapterSet | None = None):
+        self.adapters = None if adapters is None else weakref.ref(adapters)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+
+def adapters_of(unet: nn.Module | None, models: Mapping[str, nn.Module | None]) -> AdapterSet:
+    """The set of adapters that acts on ``unet``, or a new one for ``models``.
+
+    Pipelines that share a UNet share the set: two would undo each other's merges.
+    """
+    if unet is None:
+        return AdapterSet(models)
+    unet = unwrap(unet)
+    link: Any = vars(unet).get(_SET)
+    found = None if link is None or link.adapters is None else link.adapters()
+    if found is None:
+        found = AdapterSet(models)
+        vars(unet)[_SET] = _Link(found)
+    return found
 
 
 def _check(lora: Lora, models: Mapping[str, nn.Module]) -> None:

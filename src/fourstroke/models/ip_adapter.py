@@ -448,7 +448,8 @@ def project(unet: UNet2DConditionModel, image_embeds: Sequence[Tensor]) -> tuple
         check_embeds(module, embeds)
     tokens = []
     for module, embeds in zip(modules, image_embeds, strict=True):
-        found = module(embeds.to(unet.device, unet.dtype).flatten(0, 1))  # (N * images, t, d)
+        place = next(module.buffers())
+        found = module(embeds.to(place.device, place.dtype).flatten(0, 1))  # (N * images, t, d)
         tokens.append(found.unflatten(0, embeds.shape[:2]).flatten(1, 2))
     return tuple(tokens)
 

@@ -192,7 +192,7 @@ class AutoencoderKL(Model):
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def moments(self, x: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W) in [-1, 1] -> mean and log-variance of their latents, (N, 2 latent_channels, H/8, W/8)."""
+        """Pictures (N, 3, H, W) in [-1, 1] -> means and log-variances, (N, 2 latent_channels, H/8, W/8)."""
         h = self.encoder(x)
         return h if self.quant_conv is None else self.quant_conv(h)
 

@@ -165,8 +165,9 @@ def load_motion_unet(
         return WeightSource.from_files(files, lambda key: published(key) if (SLOT in key) == motion else None)
 
     source = part(motion=True)
+    heads = config.get("motion_num_attention_heads", 8)
     told = {
-        "motion_num_attention_heads": config.get("motion_num_attention_heads", 8),
+        "motion_num_attention_heads": tuple(heads) if isinstance(heads, list) else heads,
         "motion_norm_num_groups": config.get("norm_num_groups", 32),
     }
     adapter = build(MotionAdapter, replace(config_of(source, str(folder)), **told), source, dtype=dtype)

@@ -211,6 +211,7 @@ def encode_image(
         ValueError: there is no image encoder, or no feature extractor.
     """
     encoder, extractor = _encoder(pipe), getattr(pipe, "feature_extractor", None)
+    pipe._bring(encoder)
     if isinstance(image, Tensor):
         pixels = image
     elif extractor is None:
@@ -226,7 +227,8 @@ def encode_image(
         embeds = encoder(pixels).pooled
         none = torch.zeros_like(embeds)
     embeds, none = (rows.repeat_interleave(num_images_per_prompt, dim=0) for rows in (embeds, none))
-    return embeds.to(device or pipe.device), none.to(device or pipe.device)
+    device = device or pipe._execution_device
+    return embeds.to(device), none.to(device)
 
 
 def _encoder(pipe: DiffusionPipeline) -> CLIPVisionModelWithProjection:
@@ -321,7 +323,7 @@ def prepare_ip_adapter_image_embeds(
             of rows.
     """
     check_ip_adapter_inputs(pipe, ip_adapter_image, ip_adapter_image_embeds)
-    device = device or pipe.device
+    device = device or pipe._execution_device
     found = projections(_unet(pipe))
     prepared: list[Tensor] = []
     if ip_adapter_image_embeds is not None:
@@ -374,8 +376,9 @@ def image_tokens(
     if not projections(unet):
         return ()
     embeds = prepare_ip_adapter_image_embeds(
-        pipe, ip_adapter_image, ip_adapter_image_embeds, unet.device, pictures, guided
+        pipe, ip_adapter_image, ip_adapter_image_embeds, pipe._execution_device, pictures, guided
     )
+    pipe._bring(*projections(unet))
     return project(unet, embeds)
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..conditioning import Components
 from ..denoise import DenoiseState
 from ..loading import warn_unknown
 from ..lora.keys import unwrap
-from ..lora.merge import AdapterSet
-from ..lora.reading import read_lora
-from ..lora.weights import save_lora
+from ..lora.merge import AdapterSet, adapters_of
 from ..models.controlnet import MultiControlNetModel
 from ..models.motion import attach_motion_
 from ..models.t2i_adapter import MultiAdapter
@@ -26,7 +24,10 @@ from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from ..models.vae_tiny import AutoencoderTiny
 from ..request import FreeInit, GenerateRequest, GenerateResult, Windows
-from .components import HARMLESS, LORA_NAME, SETTINGS, given_components, lora_file
+from ..runtime.device import check_device
+from ..runtime.offload import Offload
+from . import loras, memory
+from .components import HARMLESS, SETTINGS, given_components
 from .files import load_checkpoint, load_repository, save
 from .ip_adapter import (
     encode_image,
@@ -76,7 +77,9 @@ class DiffusionPipeline:
         if arguments.get("add_watermarker"):
             warn_unknown(f"{type(self).__name__} (no watermark is put into pictures)", {"add_watermarker": True})
         self._progress_options: dict[str, Any] = {}
-        self._adapters: AdapterSet | None = None
+        self._adapters = adapters_of(self.unet, self._lora_targets())
+        self._offload: Offload | None = None
+        self._request: GenerateRequest | None = None
         self._interrupt = False
         self._guidance_scale = 1.0
         self._num_timesteps = 0
@@ -162,9 +165,7 @@ class DiffusionPipeline:
         shared = self.components | self.settings
         given, known = given_components(f"{target.__name__}.from_pipe", target, components)
         found = target._complete({name: value for name, value in shared.items() if name in known} | given)
-        # One set of LoRAs for one set of networks: two would undo each other's merges.
-        if all(getattr(found, name, None) is getattr(self, name, None) for name in LORA_TARGETS):
-            found._adapters = self.adapters
+        found._offload = self._offload
         return found
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, variant: str | None = None) -> None:
@@ -185,9 +186,22 @@ class DiffusionPipeline:
         return {name: getattr(self, name) for name in self.component_names}
 
     @property
+    def networks(self) -> list[nn.Module]:
+        """Those of the components that are networks."""
+        return [component for component in self.components.values() if isinstance(component, nn.Module)]
+
+    @property
     def device(self) -> torch.device:
         """The device of the UNet."""
         return self.unet.device
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.device if self._offload is None else self._offload.device
+
+    def _bring(self, *networks: nn.Module) -> None:
+        if self._offload is not None:
+            self._offload.bring(*networks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -214,18 +228,24 @@ class DiffusionPipeline:
         dtype = dtype or torch_dtype
         if device is not None:
             device = torch.device(device)
-            _check_device(device)
-        for component in self.components.values():
-            if isinstance(component, nn.Module):
-                component.to(device=device, dtype=dtype)
+            check_device(device)
+            if self._offload is not None and device.type != "cpu":
+                warnings.warn(
+                    f".to({str(device)!r}) leaves all networks on the device, which enable_model_cpu_offload() is "
+                    "there to avoid; leave one of the two out.",
+                    stacklevel=2,
+                )
+        self.maybe_free_model_hooks()
+        for network in self.networks:
+            network.to(device=device, dtype=dtype)
         return self
 
     def merge_adapters(self, scale: float = 1.0) -> None:
         """Bring the networks' weights up to date with the active LoRAs, each times ``scale``."""
-        if self._adapters is not None:
-            adapters = self.adapters
-            adapters.scale = scale
-            adapters.apply()
+        self.maybe_free_model_hooks()  # their weights on the CPU are those that stay
+        adapters = self.adapters
+        adapters.scale = scale
+        adapters.apply()
 
     @property
     def guidance_scale(self) -> float:
@@ -237,107 +257,78 @@ class DiffusionPipeline:
         """Steps of the run, for callbacks."""
         return self._num_timesteps
 
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the run is guided at present."""
+        return self._parts().guided(self._guidance_scale)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the run stops after this step; callbacks may set ``_interrupt``."""
+        return self._interrupt
+
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm's progress bars, such as ``disable=True``."""
         self._progress_options = options
 
-    # LoRA: names and meanings as in diffusers; the work is AdapterSet's.
+    # LoRAs: functions of loras.py.
 
     @property
     def adapters(self) -> AdapterSet:
-        """The LoRAs of this pipeline."""
-        networks = {name: getattr(self, name) for name in LORA_TARGETS if name in self.component_names}
-        if self._adapters is None:
-            self._adapters = AdapterSet(networks)
+        """The LoRAs of this pipeline, and of all others that share its UNet."""
         # A component may have been replaced or compiled since.
-        self._adapters.models = networks
+        self._adapters.models = self._lora_targets()
         return self._adapters
 
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor],
-        adapter_name: str | None = None,
-        hotswap: bool = False,
-        *,
-        weight_name: str | None = None,
-        subfolder: str | None = None,
-        **where: Any,
-    ) -> None:
-        """Load a LoRA in any published dialect and activate it.
+    def _lora_targets(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in LORA_TARGETS if name in self.component_names}
 
-        Args:
-            pretrained_model_name_or_path_or_dict: hub id, shipped name, folder, ``.safetensors`` file, or tensors.
-            adapter_name: what `set_adapters` will call it; ``default_0``, ``default_1``, … if not given.
-            hotswap: put it in the place of the adapter with this name.
-            weight_name: the file in the repository; not needed when there is one only.
-            subfolder: folder inside the repository.
-            where: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+    @property
+    def fused_loras(self) -> set[str]:
+        """The names of the LoRAs that are fused."""
+        return set(self.adapters.fused)
 
-        Raises:
-            LoraError: a tensor fits nothing in these networks; all of them are named.
-            ValueError: the name is taken (without ``hotswap``).
-        """
-        source: Any = pretrained_model_name_or_path_or_dict
-        if not isinstance(source, Mapping):
-            source = lora_file(source, weight_name, subfolder, where)
-        name = adapter_name or next(n for i in itertools.count() if (n := f"default_{i}") not in self.adapters.names)
-        lora = read_lora(source, self.adapters.models)
-        self.adapters.add(name, lora, hotswap=hotswap)
+    @property
+    def num_fused_loras(self) -> int:
+        """How many LoRAs are fused."""
+        return len(self.adapters.fused)
 
-    def set_adapters(
-        self,
-        adapter_names: str | Sequence[str],
-        adapter_weights: float | Mapping[str, Any] | Sequence[Any] | None = None,
-    ) -> None:
-        """Activate these LoRAs and no others at these weights: 1.0 if not given, a number, or a mapping by block."""
-        self.adapters.set(adapter_names, adapter_weights)
+    load_lora_weights = loras.load_lora_weights
+    set_adapters = loras.set_adapters
+    set_lora_device = loras.set_lora_device
+    enable_lora_hotswap = loras.enable_lora_hotswap
+    get_active_adapters = loras.get_active_adapters
+    get_list_adapters = loras.get_list_adapters
+    disable_lora = loras.disable_lora
+    enable_lora = loras.enable_lora
+    delete_adapters = loras.delete_adapters
+    fuse_lora = loras.fuse_lora
+    unfuse_lora = loras.unfuse_lora
+    unload_lora_weights = loras.unload_lora_weights
+    save_lora_weights = loras.save_lora_weights
 
-    def get_active_adapters(self) -> list[str]:
-        """The names of the active LoRAs."""
-        return list(self.adapters.active)
+    # Memory: functions of memory.py.
 
-    def get_list_adapters(self) -> dict[str, list[str]]:
-        """For each network, the names of the LoRAs that change it."""
-        return self.adapters.list()
-
-    def disable_lora(self) -> None:
-        """Run without any LoRA until `enable_lora`."""
-        self.adapters.disable()
-
-    def enable_lora(self) -> None:
-        """Undo `disable_lora`."""
-        self.adapters.enable()
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Forget these LoRAs."""
-        self.adapters.delete(adapter_names)
-
-    def fuse_lora(
-        self,
-        components: Sequence[str] | None = None,
-        lora_scale: float = 1.0,
-        safe_fusing: bool = False,
-        adapter_names: Sequence[str] | None = None,
-    ) -> None:
-        """Make the LoRAs part of the base, so that `unload_lora_weights` keeps their effect.
-
-        ``safe_fusing`` is always on here: a weight that is not finite is refused when it is loaded.
-        """
-        self.adapters.fuse(adapter_names, scale=lora_scale, components=components)
-
-    def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
-        """Undo `fuse_lora`, exact to the bit."""
-        self.adapters.unfuse(components=components)
-
-    def unload_lora_weights(self) -> None:
-        """Forget all LoRAs; what is not fused leaves no trace."""
-        self.adapters.clear()
-
-    def save_lora_weights(
-        self, save_directory: str | os.PathLike[str], adapter_name: str, *, weight_name: str = LORA_NAME
-    ) -> None:
-        """Write a loaded LoRA in the layout that diffusers reads."""
-        save_lora(Path(save_directory) / weight_name, self.adapters[adapter_name])
+    enable_vae_tiling = memory.enable_vae_tiling
+    disable_vae_tiling = memory.disable_vae_tiling
+    enable_vae_slicing = memory.enable_vae_slicing
+    disable_vae_slicing = memory.disable_vae_slicing
+    upcast_vae = memory.upcast_vae
+    enable_model_cpu_offload = memory.enable_model_cpu_offload
+    enable_sequential_cpu_offload = memory.enable_sequential_cpu_offload
+    maybe_free_model_hooks = memory.maybe_free_model_hooks
+    remove_all_hooks = memory.remove_all_hooks
+    reset_device_map = memory.reset_device_map
+    enable_attention_slicing = memory.enable_attention_slicing
+    disable_attention_slicing = memory.disable_attention_slicing
+    set_attention_slice = memory.set_attention_slice
+    enable_xformers_memory_efficient_attention = memory.enable_xformers_memory_efficient_attention
+    disable_xformers_memory_efficient_attention = memory.disable_xformers_memory_efficient_attention
+    set_use_memory_efficient_attention_xformers = memory.set_use_memory_efficient_attention_xformers
+    fuse_qkv_projections = memory.fuse_qkv_projections
+    unfuse_qkv_projections = memory.unfuse_qkv_projections
+    enable_freeu = memory.enable_freeu
+    disable_freeu = memory.disable_freeu
 
     # IP-Adapters: functions of ip_adapter.py.
 
@@ -405,6 +396,7 @@ class DiffusionPipeline:
             requires_aesthetics_score=bool(self.settings.get("requires_aesthetics_score")),
             controlnets=several(getattr(self, "controlnet", None), "nets"),
             t2i_adapters=several(getattr(self, "adapter", None), "adapters"),
+            offload=self._offload,
         )
 
     def generate(
@@ -420,9 +412,3 @@ class DiffusionPipeline:
     def _run(self, arguments: Mapping[str, Any], *, decode_denoised: bool = False, **fields: Any) -> Any:
         """What all ``__call__`` methods do with their ``arguments``; see `fourstroke.pipelines.run.call`."""
         return call(self, arguments, decode_denoised=decode_denoised, **fields)
-
-
-def _check_device(device: torch.device) -> None:
-    available = {"cpu": True, "meta": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.type, True):
-        raise RuntimeError(f'There is no {device.type!r} device here; use .to("cpu").')

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..conditioning import Components
 from ..denoise import DenoiseState, check, prepare, rounds
 from ..images import paste_back, postprocess, read_pictures
 from ..latents import crop_box, decode, picture_size
 from ..request import GenerateRequest, GenerateResult
+from ..runtime.device import avoid_half_on_cpu_
 from .arguments import controls, make_request, on_step
 from .ip_adapter import image_tokens
 
@@ -56,11 +58,32 @@ def generate(
     """
     parts = pipe._parts()
     check(parts, request)
+    avoid_half_on_cpu_(pipe.networks, parts.device)
     pipe.merge_adapters(request.lora_scale)
+    try:
+        latents = _denoised(pipe, parts, request, on_step, decode_denoised)
+        if request.output_type == "latent":
+            return _result(latents, None, request)
+        chunk = None if request.num_frames is None else request.decode_chunk_size
+        parts.bring(parts.vae)
+        pictures, flags = check_safety(pipe, decode(parts.vae, latents, upcast_half=parts.xl, chunk=chunk))
+        return _result(finish(pictures, request), flags, request)
+    finally:
+        pipe.maybe_free_model_hooks()
+
+
+def _denoised(
+    pipe: DiffusionPipeline,
+    parts: Components,
+    request: GenerateRequest,
+    on_step: Callable[[DenoiseState], None] | None,
+    decode_denoised: bool,
+) -> Tensor:
+    """The latents after the loop."""
     guided = parts.guided(request.guidance_scale)
     tokens = image_tokens(pipe, request.ip_adapter_image, request.ip_adapter_image_embeds, request.batch_size, guided)
     state = prepare(parts, request, tokens)
-    pipe._interrupt = False
+    pipe._interrupt, pipe._request = False, request
     pipe._guidance_scale, pipe._num_timesteps = state.guidance_scale, len(state.timesteps)
     with progress_bar(len(state.timesteps), pipe._progress_options) as bar:
         for _ in rounds(parts, state, request):
@@ -73,12 +96,7 @@ def generate(
             bar.update()
             if pipe._interrupt:
                 break
-    latents = state.denoised if decode_denoised and state.denoised is not None else state.latents
-    if request.output_type == "latent":
-        return _result(latents, None, request)
-    chunk = None if request.num_frames is None else request.decode_chunk_size
-    pictures, flags = check_safety(pipe, decode(parts.vae, latents, upcast_half=parts.xl, chunk=chunk))
-    return _result(finish(pictures, request), flags, request)
+    return state.denoised if decode_denoised and state.denoised is not None else state.latents
 
 
 def finish(pictures: Tensor, request: GenerateRequest) -> Any:
@@ -112,6 +130,8 @@ def check_safety(pipe: DiffusionPipeline, pictures: Tensor) -> tuple[Tensor, lis
     if extractor is None:
         raise ValueError("A safety_checker needs a feature_extractor; load both, or pass safety_checker=None for none.")
     inputs = extractor(postprocess(pictures, "pil"), return_tensors="pt").pixel_values
+    if isinstance(checker, nn.Module):
+        pipe._bring(checker)
     # Keywords, so that a user's own function with diffusers' arguments works as well.
     _, flags = checker(images=postprocess(pictures, "np"), clip_input=inputs.to(pictures.device, pictures.dtype))
     keep = torch.tensor([not flag for flag in flags], device=pictures.device)

@@ -101,11 +101,21 @@ def tiled_moments(vae: AutoencoderKL, x: Tensor) -> Tensor:
 def _mosaic(
     run: Callable[[Tensor], Tensor], values: Tensor, size: int, stride: int, blend: int, result_size: int
 ) -> Tensor:
-    """Run tiles of ``size``, one every ``stride``, and join the results, of which ``blend`` fade into the next."""
+    """Run tiles of ``size``, one every ``stride``, and join the results, of which ``blend`` fade into the next.
+
+    Raises:
+        ValueError: the results would not meet.
+    """
     height, width = values.shape[-2:]
     if height <= size and width <= size:
         return run(values)
     keep = result_size - blend
+    if stride < 1 or stride * result_size != keep * size:
+        raise ValueError(
+            f"Tiles of {size} that give {result_size} cannot be {stride} apart and overlap by {blend} in the result: "
+            "choose tile_latent_min_size and tile_overlap_factor so that their product is a whole number, and "
+            "tile_sample_min_size as many times larger as pictures are than their latents."
+        )
     rows: list[Tensor] = []
     above: list[Tensor] = []
     for top in range(0, height, stride):
