@@ -243,8 +243,12 @@ def guesses(parts: Components, request: GenerateRequest) -> bool:
     return request.guess_mode or any(net.config.global_pool_conditions for net in parts.controlnets[:1])
 
 
-def check_controls(parts: Components, request: GenerateRequest) -> None:
-    """Raise ValueError unless there is one picture for each ControlNet and for each T2I-Adapter."""
+def check_controls(parts: Components, request: GenerateRequest, size: tuple[int, int]) -> None:
+    """Hold the control pictures against the networks that read them.
+
+    Raises:
+        ValueError: there is not one picture for each, or an adapter cannot read the ``size`` (height, width in pixels).
+    """
     for what, controls, nets in (
         ("ControlNet", request.controls, parts.controlnets),
         ("T2I-Adapter", request.adapters, parts.t2i_adapters),
@@ -252,6 +256,14 @@ def check_controls(parts: Components, request: GenerateRequest) -> None:
         if len(controls) != len(nets):
             raise ValueError(
                 f"{len(controls)} control pictures for {len(nets)} {what}s: give one picture (or one list) each."
+            )
+    for adapter in parts.t2i_adapters:
+        factor = adapter.downscale_factor
+        if size[0] % factor or size[1] % factor:
+            raise ValueError(
+                f"The T2I-Adapter reads pictures whose sides are multiples of {factor}, and this one is to be "
+                f"{size[1]} x {size[0]}; ask for {max(1, size[1] // factor) * factor} x "
+                f"{max(1, size[0] // factor) * factor}."
             )
 
 
@@ -276,7 +288,12 @@ def steer(
         condition = condition.repeat(1 if guesses(parts, request) else halves, 1, 1, 1)
         found.append(Steering(control.start, control.end, net, condition, control.scale))
     for control, adapter in zip(request.adapters, parts.t2i_adapters, strict=True):
-        pictures = adapter_to_tensor(control.image, *size, channels=adapter.config.in_channels)
+        channels = adapter.config.in_channels
+        if box is None:
+            pictures = adapter_to_tensor(control.image, *size, channels=channels)
+        else:
+            pictures = control_to_tensor(control.image, *size, resize_mode=mode, crops_coords=box)
+            pictures = pictures.mean(1, keepdim=True) if channels == 1 else pictures
         parts.bring(adapter)
         pictures = pictures.to(adapter.device, adapter.dtype)
         features = (per_row(value, request, "control picture") * control.scale for value in adapter(pictures))

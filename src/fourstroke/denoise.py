@@ -167,7 +167,7 @@ def check(parts: Components, request: GenerateRequest) -> None:
         ValueError: they do not fit; the message says where and what to do.
     """
     check_pictures(parts, request)
-    check_controls(parts, request)
+    check_controls(parts, request, picture_size(parts, request))
     most = parts.motion_frames
     if request.num_frames is None:
         return

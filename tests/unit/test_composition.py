@@ -146,6 +146,29 @@ def test_a_number_of_pictures_that_fits_nothing_is_named_before_anything_runs(pi
         Control(picture(0), start=0.5, end=0.4)
 
 
+def test_an_adapter_that_cannot_read_a_size_says_so_before_anything_runs(pipe: Any) -> None:
+    adapter, pipe.adapter = (
+        pipe.adapter,
+        tiny.filled(T2IAdapter.from_config({"channels": [16, 32], "num_res_blocks": 1, "downscale_factor": 16})),
+    )
+    try:
+        with pytest.raises(ValueError, match="multiples of 16, and this one is to be 40 x 32; ask for 32 x 32"):
+            painted(pipe, width=40)
+    finally:
+        pipe.adapter = adapter
+
+
+def test_an_adapters_picture_is_cut_out_with_the_mask(pipe: Any) -> None:
+    fields = {"padding_mask_crop": 2, "output_type": "pil", "controls": tuple(Control(picture(1), 0.0) for _ in "ab")}
+    outside = picture(3)
+    outside.paste(picture(5).crop((0, 0, 2, 32)), (0, 0))
+    same = painted(pipe, **fields)[0], painted(pipe, **fields, adapters=(Control(outside),))[0]
+    # What lies outside the cut-out changes nothing; what lies inside does.
+    np.testing.assert_array_equal(*map(np.asarray, same))
+    other = painted(pipe, **fields, adapters=(Control(picture(5)),))[0]
+    assert np.abs(np.asarray(other, float) - np.asarray(same[0], float)).mean() > 0.1
+
+
 def animated() -> Any:
     """An animation pipeline with a ControlNet and motion modules for up to eight frames."""
     pipe = tiny.sd()
