@@ -167,9 +167,10 @@ def _masked_start(
     small = F.interpolate(mask, size=shape[-2:]).to(device, dtype)
     rows = with_frames(per_row(small, request, "mask"), frames)
     if not nine:
-        # diffusers encodes the masked picture here as well, and leaves it unused; its random numbers come before those
-        # of the steps.
-        _draw_unused(parts, request, (len(picture), *shape[1:2], *shape[-2:]), generator, dtype)
+        # diffusers encodes the masked picture here as well, unless it is latents already, and leaves it unused; its
+        # random numbers come before those of the steps.
+        if picture.shape[1] != shape[1]:
+            _draw_unused(parts, request, (len(picture), *shape[1:2], *shape[-2:]), generator, dtype)
         return StartLatents(latents, noise, clean, rows)
     if request.masked_image_latents is not None:
         hidden = per_row(request.masked_image_latents.to(device, dtype), request, "masked picture")
@@ -301,7 +302,13 @@ def check_pictures(parts: Components, request: GenerateRequest) -> None:
         raise ValueError(f"The UNet takes {channels} channels; 4 (pictures) and 9 (inpainting) are supported.")
     if channels == 9 and request.mask_image is None:
         raise ValueError("This is an inpainting model: pass image and mask_image, or use the model it was made from.")
-    if request.image is None or request.mask_image is None or _is_latent(request.image):
+    latent = _is_latent(request.image)
+    if channels == 9 and latent and request.masked_image_latents is None:
+        raise ValueError(
+            "An inpainting model reads the picture without its masked part, which latents do not tell: pass "
+            "masked_image_latents, or a picture as image."
+        )
+    if request.image is None or request.mask_image is None or latent:
         return
     picture, mask = size_of(request.image), size_of(request.mask_image)
     if picture != mask:
