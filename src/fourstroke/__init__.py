@@ -29,20 +29,30 @@ _EXPORTS = {
     "Control": "request",
     "ControlNetModel": "models.controlnet",
     "DDIMScheduler": "schedulers",
+    "DDPMScheduler": "schedulers",
+    "DEISMultistepScheduler": "schedulers",
     "DPMSolverMultistepScheduler": "schedulers",
+    "DPMSolverSDEScheduler": "schedulers",
+    "DPMSolverSinglestepScheduler": "schedulers",
     "DiffusionPipeline": "pipelines.pipeline",
+    "EDMEulerScheduler": "schedulers",
     "Engine": "engine",
     "EulerAncestralDiscreteScheduler": "schedulers",
     "EulerDiscreteScheduler": "schedulers",
     "FreeInit": "request",
     "GenerateRequest": "request",
     "GenerateResult": "request",
+    "HeunDiscreteScheduler": "schedulers",
+    "KDPM2AncestralDiscreteScheduler": "schedulers",
+    "KDPM2DiscreteScheduler": "schedulers",
     "LCMScheduler": "schedulers",
+    "LMSDiscreteScheduler": "schedulers",
     "LatentConsistencyModelImg2ImgPipeline": "pipelines.image_to_image",
     "LatentConsistencyModelPipeline": "pipelines.stable_diffusion",
     "MotionAdapter": "models.motion",
     "MultiAdapter": "models.t2i_adapter",
     "MultiControlNetModel": "models.controlnet",
+    "PNDMScheduler": "schedulers",
     "StableDiffusionAdapterPipeline": "pipelines.adapter",
     "StableDiffusionControlNetImg2ImgPipeline": "pipelines.controlnet",
     "StableDiffusionControlNetInpaintPipeline": "pipelines.controlnet",
@@ -62,6 +72,7 @@ _EXPORTS = {
     "TCDScheduler": "schedulers",
     "Tokenizer": "text",
     "UNet2DConditionModel": "models.unet",
+    "UniPCMultistepScheduler": "schedulers",
     "UnsupportedConfig": "config",
     "Windows": "request",
 }
@@ -114,17 +125,33 @@ if TYPE_CHECKING:
     from .request import Control, FreeInit, GenerateRequest, GenerateResult, Windows
     from .schedulers import (
         DDIMScheduler,
+        DDPMScheduler,
+        DEISMultistepScheduler,
         DPMSolverMultistepScheduler,
+        DPMSolverSDEScheduler,
+        DPMSolverSinglestepScheduler,
+        EDMEulerScheduler,
         EulerAncestralDiscreteScheduler,
         EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        KDPM2AncestralDiscreteScheduler,
+        KDPM2DiscreteScheduler,
         LCMScheduler,
+        LMSDiscreteScheduler,
+        PNDMScheduler,
         TCDScheduler,
+        UniPCMultistepScheduler,
     )
     from .text import Tokenizer
 
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
+        from .left_out import NAMES, PAGE
+
+        if name in NAMES:
+            # An AttributeError would become "cannot import name" in an import statement, without the way out.
+            raise ImportError(f"fourstroke has no {name}, which diffusers has: {NAMES[name]}. See {PAGE}.")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
     globals()[name] = value

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -40,46 +40,66 @@ STEM = "model"
 LAYOUT = "0.30.0"
 
 
-def read_index(source: str | os.PathLike[str], where: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``model_index.json`` of a repository.
+class Plan(NamedTuple):
+    """What a repository's pipeline is made of.
+
+    Attributes:
+        source, where: the repository, and how to ask the hub for it.
+        target: the class to make.
+        given: the arguments that need no file: components that the user gave, and settings.
+        wanted: a class name for each component to load.
+    """
+
+    source: str | os.PathLike[str]
+    where: dict[str, Any]
+    target: type[DiffusionPipeline]
+    given: dict[str, Any]
+    wanted: dict[str, str]
+
+
+def look_up(
+    cls: type[DiffusionPipeline], method: str, source: str | os.PathLike[str], options: Mapping[str, Any]
+) -> Plan:
+    """Read a repository's ``model_index.json``.
 
     Args:
+        cls: the class to make; `DiffusionPipeline` itself, which has no components, stands for the one that the
+            repository names.
+        method: of ``cls`` that is called, for warnings.
         source: hub id, shipped name or folder.
-        where: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+        options: components by name, and ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+            ``force_download``; others warn.
 
     Raises:
         FileNotFoundError: no such repository, or no pipeline in it.
+        ValueError: the repository's pipeline is of a class that is not supported.
     """
-    return read_json(hub.fetch(source, lambda files: hub.required(files, INDEX_NAME), **where) / INDEX_NAME)
+    options = dict(options)
+    where = {name: options.pop(name) for name in hub.OPTIONS if name in options}
+    index = read_json(hub.fetch(source, lambda files: hub.required(files, INDEX_NAME), **where) / INDEX_NAME)
+    target = cls if cls.component_names else pipeline_class(index.get("_class_name"))
+    given, known = given_components(f"{cls.__name__}.{method}", target, options)
+    open_ = {name: value for name, value in index.items() if name in known - given.keys()}
+    wanted = {name: value[1] for name, value in open_.items() if isinstance(value, list) and value[1] is not None}
+    if wanted.get("unet") == MOTION_UNET:
+        # Its own motion modules are those that run; the adapter beside it is what they were made from.
+        wanted.pop("motion_adapter", None)
+    given |= {name: value for name, value in open_.items() if is_setting(value)}
+    return Plan(source, where, target, given, wanted)
 
 
-def fetch_components(
-    source: str | os.PathLike[str], wanted: Mapping[str, str], variant: str | None, where: Mapping[str, Any]
-) -> Path:
-    """A local folder with the files of the components ``wanted``, a class name by name.
+def fetch_components(plan: Plan, variant: str | None) -> Path:
+    """A local folder with the files of the components that ``plan`` wants.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a class is not supported.
     """
-    return hub.fetch(
-        source,
-        lambda files: [file for name, kind in wanted.items() for file in component_files(files, name, kind, variant)],
-        **where,
-    )
 
+    def select(files: list[str]) -> list[str]:
+        return [file for name, kind in plan.wanted.items() for file in component_files(files, name, kind, variant)]
 
-def wanted_components(index: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
-    """The class names of those components in a ``model_index.json`` that are called one of ``names``."""
-    found = {
-        name: entry[1]
-        for name, entry in index.items()
-        if name in names and isinstance(entry, list) and entry[1] is not None
-    }
-    if found.get("unet") == MOTION_UNET:
-        # Its own motion modules are those that run; the adapter beside it is what they were made from.
-        found.pop("motion_adapter", None)
-    return found
+    return hub.fetch(plan.source, select, **plan.where)
 
 
 def load_repository(
@@ -92,30 +112,23 @@ def load_repository(
     """The class and the components of a pipeline in a repository; see `DiffusionPipeline.from_pretrained`.
 
     Args:
-        cls: the class to make; `DiffusionPipeline` itself, which has no components, stands for the one that the
-            repository names.
-        source: hub id, shipped name or folder.
-        dtype, variant, options: as there.
+        cls, source, options: as in `look_up`.
+        dtype, variant: as there.
 
     Raises:
         FileNotFoundError, UnsupportedConfig, WeightError: as there.
     """
-    options = dict(options)
-    where = {name: options.pop(name) for name in hub.OPTIONS if name in options}
-    index = read_index(source, where)
-    target = cls if cls.component_names else pipeline_class(index.get("_class_name"))
-    given, known = given_components(f"{cls.__name__}.from_pretrained", target, options)
-    wanted = wanted_components(index, known - given.keys())
-    folder = fetch_components(source, wanted, variant, where)
-    given |= {name: value for name, value in index.items() if name in known - given.keys() and is_setting(value)}
-    for name in counted(list(wanted)):
-        if wanted[name] == MOTION_UNET:
-            given[name], adapter = load_motion_unet(folder / name, variant, dtype)
-            if "motion_adapter" in known:
-                given.setdefault("motion_adapter", adapter)
-        else:
-            given[name] = load_component(folder / name, wanted[name], variant, dtype)
-    return target, given
+    plan = look_up(cls, "from_pretrained", source, options)
+    folder, given = fetch_components(plan, variant), plan.given
+    for name in counted(list(plan.wanted)):
+        kind = plan.wanted[name]
+        if kind != MOTION_UNET:
+            given[name] = load_component(folder / name, kind, variant, dtype)
+            continue
+        given[name], adapter = load_motion_unet(folder / name, variant, dtype)
+        if "motion_adapter" in plan.target.component_names:
+            given.setdefault("motion_adapter", adapter)
+    return plan.target, given
 
 
 def load_checkpoint(

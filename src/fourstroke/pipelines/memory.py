@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from ..left_out import PAGE
 from ..runtime.device import accelerator
 from ..runtime.offload import Offload
 
@@ -61,7 +62,7 @@ def enable_model_cpu_offload(
         pipe: whose networks.
         gpu_id: which of several accelerators.
         device: the kind of it; default the one that this computer has.
-        pin_memory: page-lock the weights for faster copies (CUDA); they cannot be swapped out then.
+        pin_memory: page-lock the weights for the copies (CUDA); they cannot be swapped out then.
 
     Raises:
         RuntimeError: there is no accelerator.
@@ -148,7 +149,7 @@ def unfuse_qkv_projections(pipe: DiffusionPipeline, unet: bool = True, vae: bool
 
 def enable_freeu(pipe: DiffusionPipeline, s1: float, s2: float, b1: float, b2: float) -> NoReturn:
     """Raise NotImplementedError: FreeU (Si et al. 2023) is left out."""
-    raise NotImplementedError("FreeU is left out, and pictures would differ without it; see docs/compat.md.")
+    raise NotImplementedError(f"FreeU is left out, and pictures would differ without it; see {PAGE}.")
 
 
 def disable_freeu(pipe: DiffusionPipeline) -> None:

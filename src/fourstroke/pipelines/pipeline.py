@@ -14,6 +14,7 @@ from torch import nn
 
 from ..conditioning import Components
 from ..denoise import DenoiseState
+from ..left_out import MEMBERS, PAGE
 from ..loading import warn_unknown
 from ..lora.keys import unwrap
 from ..lora.merge import AdapterSet, adapters_of
@@ -26,9 +27,9 @@ from ..models.vae_tiny import AutoencoderTiny
 from ..request import FreeInit, GenerateRequest, GenerateResult, Windows
 from ..runtime.device import check_device
 from ..runtime.offload import Offload
-from . import loras, memory
+from . import long_animation, loras, memory
 from .components import HARMLESS, SETTINGS, given_components
-from .files import load_checkpoint, load_repository, save
+from .files import fetch_components, load_checkpoint, load_repository, look_up, save
 from .ip_adapter import (
     encode_image,
     load_ip_adapter,
@@ -152,6 +153,21 @@ class DiffusionPipeline:
         return target._complete(given)  # pyright: ignore[reportReturnType]
 
     @classmethod
+    def download(
+        cls, pretrained_model_name: str | os.PathLike[str], *, variant: str | None = None, **options: Any
+    ) -> str:
+        """Fetch the files that `from_pretrained` would read, load nothing, and return the folder that has them.
+
+        Args:
+            pretrained_model_name, variant, options: as for `from_pretrained`.
+
+        Raises:
+            FileNotFoundError: no such repository, or a file is missing in it.
+            ValueError: a component is not supported.
+        """
+        return str(fetch_components(look_up(cls, "download", pretrained_model_name, options), variant))
+
+    @classmethod
     def _complete(cls, given: Mapping[str, Any]) -> Self:
         return cls(**dict.fromkeys(cls.component_names) | dict(given))
 
@@ -168,16 +184,38 @@ class DiffusionPipeline:
         found._offload = self._offload
         return found
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *, variant: str | None = None) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
         """Write all components and ``model_index.json``; diffusers and `from_pretrained` read the folder.
 
         Active LoRAs are part of the weights that are written, as in the pictures that they give. IP-Adapters and motion
         modules are not part of the UNet's: the first have files of their own, the second a folder of their own.
 
+        Args:
+            save_directory: made where it is missing.
+            safe_serialization: always on: only ``.safetensors`` files are written.
+            variant: write ``….{variant}.safetensors``.
+            max_shard_size: has no effect, with a warning: every network is written as one file.
+            push_to_hub: is not done here.
+            options: any other keyword warns and is ignored.
+
         Raises:
-            ValueError: a component has no ``save_pretrained``, such as a function in the place of the safety checker;
-                nothing is written then.
+            ValueError: another kind of file or the hub is asked for; or a component has no ``save_pretrained``, such as
+                a function in the place of the safety checker. Nothing is written then.
         """
+        if not safe_serialization:
+            raise ValueError("Only .safetensors files are written; leave safe_serialization out.")
+        if push_to_hub:
+            raise ValueError("push_to_hub is not done here: save_pretrained, then huggingface_hub.upload_folder(…).")
+        shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        warn_unknown(f"{type(self).__name__}.save_pretrained", {**options, **shards})
         save(self, Path(save_directory), variant)
 
     @property
@@ -267,6 +305,39 @@ class DiffusionPipeline:
         """Whether the run stops after this step; callbacks may set ``_interrupt``."""
         return self._interrupt
 
+    @property
+    def clip_skip(self) -> int | None:
+        """``clip_skip`` of the run, for callbacks."""
+        return self._of_run("clip_skip")
+
+    @property
+    def guidance_rescale(self) -> float:
+        """``guidance_rescale`` of the run, for callbacks."""
+        return self._of_run("guidance_rescale")
+
+    @property
+    def denoising_start(self) -> float | None:
+        """``denoising_start`` of the run, for callbacks."""
+        return self._of_run("denoising_start")
+
+    @property
+    def denoising_end(self) -> float | None:
+        """``denoising_end`` of the run, for callbacks."""
+        return self._of_run("denoising_end")
+
+    @property
+    def lora_scale(self) -> float:
+        """What multiplies the weights of all LoRAs in the run: ``scale`` of its ``cross_attention_kwargs``."""
+        return self._of_run("lora_scale")
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, float]:
+        """``cross_attention_kwargs`` of the run, for callbacks."""
+        return {"scale": self.lora_scale}
+
+    def _of_run(self, name: str) -> Any:
+        return getattr(self._request or GenerateRequest(prompt=""), name)
+
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm's progress bars, such as ``disable=True``."""
         self._progress_options = options
@@ -307,6 +378,11 @@ class DiffusionPipeline:
     unload_lora_weights = loras.unload_lora_weights
     save_lora_weights = loras.save_lora_weights
 
+    def __getattr__(self, name: str) -> Any:
+        if name in MEMBERS:
+            raise AttributeError(f"{name} of diffusers' pipelines is left out: {MEMBERS[name]}. See {PAGE}.")
+        return object.__getattribute__(self, name)  # raises what brought us here
+
     # Memory: functions of memory.py.
 
     enable_vae_tiling = memory.enable_vae_tiling
@@ -338,43 +414,23 @@ class DiffusionPipeline:
     encode_image = encode_image
     prepare_ip_adapter_image_embeds = prepare_ip_adapter_image_embeds
 
-    # Animation.
+    # Animation: functions of long_animation.py.
 
-    def enable_free_noise(
-        self,
-        context_length: int | None = 16,
-        context_stride: int = 4,
-        weighting_scheme: str = "pyramid",
-        noise_type: str = "shuffle_context",
-    ) -> None:
-        """Paint animations in windows of ``context_length`` frames (default: the adapter's limit); see `Windows`.
+    enable_free_noise = long_animation.enable_free_noise
+    enable_free_noise_split_inference = long_animation.enable_free_noise_split_inference
+    disable_free_noise = long_animation.disable_free_noise
+    enable_free_init = long_animation.enable_free_init
+    disable_free_init = long_animation.disable_free_init
 
-        The whole network runs window by window, in one window's memory; diffusers windows temporal attention alone.
-        """
-        most = self._parts().motion_frames or 16
-        self._windows = Windows(context_length or most, context_stride, weighting_scheme, noise_type)
+    @property
+    def free_noise_enabled(self) -> bool:
+        """Whether `enable_free_noise` is on."""
+        return self._windows is not None
 
-    def disable_free_noise(self) -> None:
-        """Undo `enable_free_noise`."""
-        self._windows = None
-
-    def enable_free_init(
-        self,
-        num_iters: int = 3,
-        use_fast_sampling: bool = False,
-        method: str = "butterworth",
-        order: int = 4,
-        spatial_stop_frequency: float = 0.25,
-        temporal_stop_frequency: float = 0.25,
-    ) -> None:
-        """Repaint animations from noise that keeps their low frequencies; see `FreeInit`."""
-        self._free_init = FreeInit(
-            num_iters, use_fast_sampling, method, order, spatial_stop_frequency, temporal_stop_frequency
-        )
-
-    def disable_free_init(self) -> None:
-        """Undo `enable_free_init`."""
-        self._free_init = None
+    @property
+    def free_init_enabled(self) -> bool:
+        """Whether `enable_free_init` is on."""
+        return self._free_init is not None
 
     # One request.
 

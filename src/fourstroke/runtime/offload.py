@@ -30,8 +30,8 @@ class Offload:
 
     Args:
         device: where networks work.
-        pin: page-lock the tensors on the CPU when they are first copied (CUDA only): faster copies, but the memory that
-            they take can no longer be swapped out, nor shared with a mapped file.
+        pin: page-lock the tensors on the CPU when they are first copied (CUDA only), for the sake of the copies; the
+            memory that they take can no longer be swapped out, nor shared with a mapped file.
         copy: what makes the copy.
     """
 

@@ -7,7 +7,20 @@ from typing import Any
 
 from ..config import UnsupportedConfig
 from .base import Scheduler, SchedulerConfig, SchedulerOutput
-from .config_only import ConfigOnly
+from .config_only import (
+    ConfigOnly,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverSDEScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMEulerScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from .ddim import DDIMScheduler, DDIMSchedulerOutput
 from .dpmpp import DPMSolverMultistepScheduler
 from .euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, EulerSchedulerOutput
@@ -18,17 +31,28 @@ __all__ = [
     "ConfigOnly",
     "DDIMScheduler",
     "DDIMSchedulerOutput",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "EulerSchedulerOutput",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
     "LCMScheduler",
     "LCMSchedulerOutput",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
     "Scheduler",
     "SchedulerConfig",
     "SchedulerOutput",
     "TCDScheduler",
     "TCDSchedulerOutput",
+    "UniPCMultistepScheduler",
     "boundary_scalings",
     "lcm_step",
     "lcm_timesteps",
@@ -47,6 +71,8 @@ _CLASSES: Mapping[str, type[Scheduler]] = {
     )
 }
 
+_KEPT: Mapping[str, type[ConfigOnly]] = {kind.__name__: kind for kind in ConfigOnly.__subclasses__()}
+
 
 def load_scheduler(class_name: str, config: Mapping[str, Any]) -> Scheduler:
     """The scheduler ``class_name`` with ``config``; a `ConfigOnly` when its class, or an option of it, is not run here.
@@ -57,7 +83,7 @@ def load_scheduler(class_name: str, config: Mapping[str, Any]) -> Scheduler:
     """
     named = {**config, "_class_name": class_name}
     if class_name not in _CLASSES:
-        return ConfigOnly(named)
+        return _KEPT.get(class_name, ConfigOnly)(named)
     try:
         return _CLASSES[class_name].from_config(named)
     except UnsupportedConfig as error:

@@ -17,10 +17,12 @@ class ConfigOnly(Scheduler):
     Args:
         config: the mapping in its ``scheduler_config.json``; ``_class_name`` is the name of its class.
         reason: why it is not run, when the class itself would be.
+        options: further entries of the configuration.
     """
 
-    def __init__(self, config: Mapping[str, Any], reason: str = ""):
-        self.config = SchedulerConfig(config)
+    def __init__(self, config: Mapping[str, Any] | None = None, reason: str = "", **options: Any):
+        own = {} if type(self) is ConfigOnly else {"_class_name": type(self).__name__}
+        self.config = SchedulerConfig({**(config or {}), **options, **own})
         self.reason = reason
 
     @property
@@ -47,3 +49,51 @@ class ConfigOnly(Scheduler):
 
     def __len__(self) -> int:
         return self.config.get("num_train_timesteps", 1000)
+
+
+# The schedulers that people put into Stable Diffusion pipelines and that are not run here, so that code which only
+# hands their configuration on needs no change.
+
+
+class DDPMScheduler(ConfigOnly):
+    """diffusers' scheduler of this name, as a configuration that others can take over."""
+
+
+class PNDMScheduler(ConfigOnly):
+    """diffusers' scheduler of this name, as a configuration that others can take over."""
+
+
+class LMSDiscreteScheduler(ConfigOnly):
+    """diffusers' scheduler of this name, as a configuration that others can take over."""
+
+
+class HeunDiscreteScheduler(ConfigOnly):
+    """diffusers' scheduler of this name, as a configuration that others can take over."""
+
+
+class DPMSolverSinglestepScheduler(ConfigOnly):
+    """diffusers' scheduler of this name, as a configuration that others can take over."""
+
+
+class KDPM2DiscreteScheduler(ConfigOnly):
+    """diffusers' scheduler of this name, as a configuration that others can take over."""
+
+
+class KDPM2AncestralDiscreteScheduler(ConfigOnly):
+    """diffusers' scheduler of this name, as a configuration that others can take over."""
+
+
+class DEISMultistepScheduler(ConfigOnly):
+    """diffusers' scheduler of this name, as a configuration that others can take over."""
+
+
+class UniPCMultistepScheduler(ConfigOnly):
+    """diffusers' scheduler of this name, as a configuration that others can take over."""
+
+
+class DPMSolverSDEScheduler(ConfigOnly):
+    """diffusers' scheduler of this name, as a configuration that others can take over."""
+
+
+class EDMEulerScheduler(ConfigOnly):
+    """diffusers' scheduler of this name, as a configuration that others can take over."""
