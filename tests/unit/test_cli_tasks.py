@@ -123,8 +123,8 @@ def test_the_emoji_model_repaints_the_more_the_stronger(here: Path) -> None:  # 
             "x.png",
         )
         distances.append(np.mean([abs(pixels(here / f"x-{i}.png") - start).mean() for i in (1, 2, 3)]))
-    # At a tenth it is the same picture but for the autoencoder; at the end it is another.
-    assert distances[0] < 0.4 * distances[2]
+    # At a tenth most of the picture is left; at the end it is another.
+    assert distances[0] < 0.7 * distances[2]
     assert distances == sorted(distances)
     assert settings_in(here / "x-1.png")["image"] == "fox.png"
     assert parse_parameters(chunks(here / "x-1.png")["parameters"])["Denoising strength"] == "0.95"
