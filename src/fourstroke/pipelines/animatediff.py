@@ -21,6 +21,8 @@ from .stable_diffusion import StableDiffusionPipeline, StableDiffusionXLPipeline
 class AnimateDiffPipeline(StableDiffusionPipeline):
     """Text to animation."""
 
+    sized_by_model = True
+
     def __init__(
         self,
         vae: Any,
