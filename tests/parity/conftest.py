@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from .. import fakehub
+from .combinations import Pipelines
 from .pictures import TEXTS
 
 
@@ -27,6 +28,12 @@ def hubs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, 
             fakehub.build(caches, TEXTS)
             (root / "fakehub-done").touch()
     return caches
+
+
+@pytest.fixture(scope="session")
+def pipelines() -> Pipelines:
+    """Both libraries' pipelines, each loaded once; tests leave them as they are."""
+    return Pipelines()
 
 
 @pytest.fixture

@@ -71,11 +71,6 @@ REQUESTS: dict[str, tuple[Case, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def pipelines() -> Pipelines:
-    return Pipelines()
-
-
 def generated(pipe: Any, request: dict[str, Any], **changes: Any) -> np.ndarray:
     request = {"prompt": PROMPT, "output_type": "np", **request, **changes}
     images = pipe.generate(GenerateRequest(**request)).images

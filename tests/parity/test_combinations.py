@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,71 @@ import torch
 
 from ..fakehub import CANNY, MOTION, REFINER, SD15, XL
 from .cases import CASES
+from .cases_of_arguments import ARGUMENT_CASES
 from .combinations import LATENTS, LEFT_OUT, Case, Pipelines, paint_case
 from .pictures import EFFECT, LIBRARIES, NEGATIVE, PROMPT, assert_same_pictures, unheard
 
 pytestmark = pytest.mark.usefixtures("peer_without_words")
 
 
-@pytest.fixture(scope="module")
-def pipelines() -> Pipelines:
-    return Pipelines()
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *ARGUMENT_CASES])
 def test_combination(name: str, pipelines: Pipelines, hub: Path) -> None:
-    case = CASES[name]
+    case = {**CASES, **ARGUMENT_CASES}[name]
     ours = paint_case(pipelines("fourstroke", case), case)
     theirs = paint_case(pipelines("diffusers", case), case)
     assert_same_pictures(ours, theirs)
     other = paint_case(pipelines("fourstroke", case, setup=case.without is not None), case, **(case.without or {}))
     assert np.abs(ours - other).mean() >= EFFECT
+
+
+DEFAULTS = {
+    case.pipeline: case
+    for case in CASES.values()
+    if case.setup is None and case.model in (SD15, XL) and "output_type" not in case.call
+}
+REQUIRED = ("image", "mask_image", "control_image", "video", "conditioning_frames")
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_of_the_call(name: str, pipelines: Pipelines, hub: Path) -> None:
+    """Nothing but a prompt and the pictures, four steps and four frames: everything else as each class has it."""
+    case = DEFAULTS[name]
+    call = {name: value for name, value in case.call.items() if name in REQUIRED}
+    call |= {"guidance_scale": LEFT_OUT} | ({"num_frames": 4} if "num_frames" in case.call else {})
+    plain = Case(name, case.model, call, None, case.nets, ("DDIMScheduler", {"clip_sample": False}))
+    assert_same_pictures(*(paint_case(pipelines(library, plain), plain) for library in LIBRARIES))
+
+
+def frozen(value: Any) -> Any:
+    """An argument's content, to compare later."""
+    if isinstance(value, (list, tuple)):
+        return type(value), [frozen(one) for one in value]
+    if isinstance(value, Mapping):
+        return {name: frozen(one) for name, one in value.items()}
+    if isinstance(value, PIL.Image.Image):
+        return value.size, value.mode, value.tobytes()
+    return value.tolist() if isinstance(value, (np.ndarray, torch.Tensor)) else value
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "start pictures: list of tensors",
+        "masks: tensors",
+        "inpaint: nine channels, latents in place of pictures",
+        "control pictures: two, a list a prompt",
+        "control pictures: window in lists",
+        "adapter pictures: tensor",
+        "frames and videos: given noise",
+        "LoRA: style, scaled by the call",
+        "image prompt: several pictures",
+    ],
+)
+def test_the_callers_arguments_are_left_alone(name: str, pipelines: Pipelines, hub: Path) -> None:
+    case = {**CASES, **ARGUMENT_CASES}[name]
+    before = frozen(case.call)
+    paint_case(pipelines("fourstroke", case), case)
+    assert frozen(case.call) == before
 
 
 # What needs more than one call
