@@ -240,9 +240,10 @@ def pipeline_class(name: str | None) -> type[Any]:
 
 
 def given_components(where: str, target: type[Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """The components among ``options``, and the names that ``target`` takes; what is neither warns."""
+    """The components among ``options``, and the names that ``target`` takes; what is neither, and not None, warns."""
     known = set(inspect.signature(target.__init__).parameters) - {"self"}
-    warn_unknown(where, {name: value for name, value in options.items() if name not in known and name not in HARMLESS})
+    unknown = {name: value for name, value in options.items() if name not in known and name not in HARMLESS}
+    warn_unknown(where, {name: value for name, value in unknown.items() if value is not None})
     return {name: value for name, value in options.items() if name in known}, known
 
 
