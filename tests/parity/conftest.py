@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from huggingface_hub import constants
 
 from .. import fakehub
 from .combinations import Pipelines
-from .pictures import TEXTS
+from .pictures import TEXTS, load
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +36,12 @@ def hubs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, 
 def pipelines() -> Pipelines:
     """Both libraries' pipelines, each loaded once; tests leave them as they are."""
     return Pipelines()
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Callable[..., Any]:
+    """`load`, each pipeline once; tests leave them as they are."""
+    return functools.cache(load)
 
 
 @pytest.fixture

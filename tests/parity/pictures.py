@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
@@ -68,9 +68,11 @@ def paint(pipe: Any, prompt: Any = PROMPT, *, seed: int | list[int] = 0, **call:
     return pipe(prompt, generator=generator, **call).images
 
 
-def both(name: str, *, setup: dict[str, Any] | None = None, **call: Any) -> tuple[np.ndarray, np.ndarray]:
+def both(
+    name: str, *, setup: dict[str, Any] | None = None, loader: Callable[..., Any] = load, **call: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """The same pictures by Fourstroke and by diffusers."""
-    ours, theirs = (paint(load(library, name, **(setup or {})), **call) for library in LIBRARIES)
+    ours, theirs = (paint(loader(library, name, **(setup or {})), **call) for library in LIBRARIES)
     return ours, theirs
 
 

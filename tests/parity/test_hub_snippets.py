@@ -7,6 +7,7 @@ first: what it compares would change if a condition were left out.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +217,8 @@ CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 @pytest.mark.parametrize("name", [SD15, XL])
-def test_call(name: str, call: dict[str, Any], hub: Path) -> None:
-    assert_same_pictures(*both(name, setup={"lora": LORAS[name]}, **call))
+def test_call(name: str, call: dict[str, Any], loaded: Callable[..., Any], hub: Path) -> None:
+    assert_same_pictures(*both(name, setup={"lora": LORAS[name]}, loader=loaded, **call))
 
 
 XL_CALLS: dict[str, dict[str, Any]] = {
@@ -236,15 +237,16 @@ XL_CALLS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("call", XL_CALLS.values(), ids=list(XL_CALLS))
-def test_xl_call(call: dict[str, Any], hub: Path) -> None:
-    assert_same_pictures(*both(XL, setup={"lora": LORAS[XL]}, **call))
+def test_xl_call(call: dict[str, Any], loaded: Callable[..., Any], hub: Path) -> None:
+    assert_same_pictures(*both(XL, setup={"lora": LORAS[XL]}, loader=loaded, **call))
 
 
 @pytest.mark.parametrize(
     "call", [CALLS["batch of prompts"], {"original_inference_steps": 10}, {"timesteps": [999, 499]}]
 )
-def test_full_lcm_call(call: dict[str, Any], hub: Path) -> None:
-    assert_same_pictures(*both(DREAMSHAPER_LCM, setup={"lcm": False}, **{"guidance_scale": 6.0, **call}))
+def test_full_lcm_call(call: dict[str, Any], loaded: Callable[..., Any], hub: Path) -> None:
+    call = {"guidance_scale": 6.0, **call}
+    assert_same_pictures(*both(DREAMSHAPER_LCM, setup={"lcm": False}, loader=loaded, **call))
 
 
 @pytest.mark.parametrize("name", [SD15, XL])
@@ -373,9 +375,9 @@ EFFECTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("effect", EFFECTS)
-def test_conditions_have_an_effect(effect: str, hub: Path) -> None:
+def test_conditions_have_an_effect(effect: str, loaded: Callable[..., Any], hub: Path) -> None:
     name, one, other = EFFECTS[effect]
-    pipe = load("diffusers", name)
+    pipe = loaded("diffusers", name)
     assert np.abs(paint(pipe, **one) - paint(pipe, **other)).mean() >= EFFECT
 
 
