@@ -75,6 +75,60 @@ def test_a_pipeline_or_component_that_is_not_supported_is_named(tmp_path: Path) 
         DiffusionPipeline.from_pretrained(tmp_path)
 
 
+def test_what_cannot_be_saved_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    pipe = tiny.sd()
+    pipe.safety_checker = lambda images, clip_input: (images, [False] * len(images))
+    with pytest.raises(
+        ValueError, match="'safety_checker' is a function, which cannot be saved: set pipe"
+    ):
+        pipe.save_pretrained(tmp_path / "model")
+    pipe.safety_checker = None
+    with pytest.raises(ValueError, match=r"Only \.safetensors files are written"):
+        pipe.save_pretrained(tmp_path / "model", safe_serialization=False)
+    with pytest.raises(ValueError, match="push_to_hub is not done here"):
+        pipe.save_pretrained(tmp_path / "model", push_to_hub=True)
+    assert not (tmp_path / "model").exists()
+    with pytest.warns(UserWarning, match="ignored unknown arguments 'use_flashpack', 'max_shard_size'"):
+        pipe.save_pretrained(tmp_path / "model", max_shard_size="5GB", use_flashpack=True)
+    assert (tmp_path / "model" / "model_index.json").exists()
+
+
+def test_what_is_saved_has_the_loras_that_act_now(tmp_path: Path) -> None:
+    pipe = tiny.sd()
+    pipe.load_lora_weights(lora(pipe))  # nothing was painted with it yet
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(painted(again), painted(pipe))
+    pipe.unload_lora_weights()
+    assert not np.array_equal(painted(again), painted(pipe))
+
+
+def test_a_compiled_network_is_saved_under_its_own_name(tmp_path: Path) -> None:
+    pipe = tiny.sd()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_downloading_gives_the_folder_and_loads_nothing(tmp_path: Path) -> None:
+    tiny.sd().save_pretrained(tmp_path)
+    assert DiffusionPipeline.download(tmp_path) == str(tmp_path)
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="No .safetensors weights in vae/"):
+        fourstroke.StableDiffusionPipeline.download(tmp_path)
+    assert fourstroke.StableDiffusionPipeline.download(tmp_path, vae=None) == str(tmp_path)
+
+
+def test_a_component_that_is_left_out_warns_only_when_it_is_something(tmp_path: Path) -> None:
+    tiny.xl().save_pretrained(tmp_path)
+    DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    with pytest.warns(UserWarning, match="ignored unknown arguments 'safety_checker'"):
+        DiffusionPipeline.from_pretrained(tmp_path, safety_checker=len)
+
+
 def test_what_is_no_folder_and_no_hub_id_is_named_with_the_shipped_models() -> None:
     with pytest.raises(FileNotFoundError, match="'emojy' is neither a folder, nor a shipped model"):
         DiffusionPipeline.from_pretrained("emojy")
@@ -120,6 +174,22 @@ def test_callbacks_see_and_replace_the_loops_tensors() -> None:
     assert not latents.any()
     with pytest.raises(ValueError, match="names 'noise'; it may name latents"):
         painted(pipe, callback_on_step_end=zero, callback_on_step_end_tensor_inputs=["noise"])
+
+
+def test_callbacks_read_the_run_from_the_pipeline() -> None:
+    pipe, seen = tiny.sd(), []
+    assert (pipe.clip_skip, pipe.lora_scale, pipe.guidance_rescale) == (None, 1.0, 0.0)
+
+    def read(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((pipe.do_classifier_free_guidance, pipe.guidance_scale, pipe.num_timesteps, pipe.interrupt))
+        return {}
+
+    call = {"guidance_scale": 1.5, "clip_skip": 1, "guidance_rescale": 0.5, "cross_attention_kwargs": {"scale": 0.5}}
+    painted(pipe, callback_on_step_end=read, num_inference_steps=3, **call)
+    assert seen == [(True, 1.5, 3, False)] * 3
+    assert (pipe.clip_skip, pipe.lora_scale, pipe.guidance_rescale) == (1, 0.5, 0.5)
+    assert pipe.cross_attention_kwargs == {"scale": 0.5}
+    assert (pipe.denoising_start, pipe.denoising_end) == (None, None)
 
 
 def test_a_callback_can_stop_the_loop() -> None:
@@ -201,6 +271,36 @@ def test_adapters_survive_a_change_of_dtype() -> None:
     pipe.to(torch.float32)
     assert np.abs(painted(pipe) - before).max() < 0.05
     assert pipe.get_active_adapters() == ["default_0"]
+
+
+def test_loras_are_replaced_in_place_counted_and_moved() -> None:
+    pipe = tiny.sd()
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(lora(pipe), adapter_name="style")
+    first = painted(pipe)
+    pipe.load_lora_weights(lora(pipe, 1), adapter_name="style", hotswap=True)
+    swapped, other = painted(pipe), tiny.sd()
+    other.load_lora_weights(lora(other, 1))
+    assert np.array_equal(swapped, painted(other)) and not np.array_equal(swapped, first)
+    assert pipe.get_active_adapters() == ["style"] and (pipe.fused_loras, pipe.num_fused_loras) == (set(), 0)
+    pipe.set_lora_device(["style"], "cpu")
+    pipe.fuse_lora()
+    assert (pipe.fused_loras, pipe.num_fused_loras) == ({"style"}, 1)
+    assert np.array_equal(painted(pipe), swapped)
+
+
+def test_long_animations_are_switched_by_the_known_names() -> None:
+    pipe = tiny.sd()
+    assert not pipe.free_noise_enabled and not pipe.free_init_enabled
+    pipe.enable_free_noise(context_length=8)
+    pipe.enable_free_noise_split_inference()
+    pipe.enable_free_init(num_iters=2)
+    assert pipe.free_noise_enabled and pipe.free_init_enabled
+    pipe.disable_free_noise()
+    pipe.disable_free_init()
+    assert not pipe.free_noise_enabled and not pipe.free_init_enabled
+    with pytest.raises(NotImplementedError, match=r"Prompts that change along an animation are left out.*compat\.md"):
+        pipe.enable_free_noise(prompt_interpolation_callback=len)
 
 
 def test_lora_repositories_say_which_file_is_meant(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import fourstroke
+from fourstroke.models.ip_adapter import cross_attentions, projections
 from fourstroke.pipelines.pipeline import DiffusionPipeline
 from fourstroke.runtime.device import accelerator, check_device
 from fourstroke.runtime.offload import Offload, copy_to
+from tests.parity.image_prompts import VISION, plain_projection
 from tests.unit import tiny
 
 CPU = torch.device("cpu")
@@ -24,7 +26,8 @@ CPU = torch.device("cpu")
 
 def painted(pipe: Any, **options: Any) -> np.ndarray:
     defaults = {"num_inference_steps": 2, "guidance_scale": 1.5, "output_type": "np"}
-    return pipe("a red fox", generator=torch.Generator().manual_seed(1), **(defaults | options)).images
+    result = pipe("a red fox", generator=torch.Generator().manual_seed(1), **(defaults | options))
+    return result.frames if hasattr(result, "frames") else result.images
 
 
 def picture(seed: int = 0, mode: str = "RGB") -> PIL.Image.Image:
@@ -62,11 +65,65 @@ STEERED: dict[str, Any] = {
     "height": 32,
     "width": 32,
 }
+
+
+def prompted() -> Any:
+    """An IP-Adapter with its image encoder, a safety checker that flags nothing, and a T2I-Adapter."""
+    base = tiny.sd()
+    torch.manual_seed(4)
+    encoder = tiny.filled(fourstroke.CLIPVisionModelWithProjection.from_config(VISION))
+    checker = tiny.filled(fourstroke.StableDiffusionSafetyChecker.from_config({"vision_config": VISION} | CHECKER))
+    nn.init.constant_(checker.concept_embeds_weights, 2.0)  # type: ignore[arg-type]
+    nn.init.constant_(checker.special_care_embeds_weights, 2.0)  # type: ignore[arg-type]
+    size = {"height": 28, "width": 28}
+    extractor = fourstroke.CLIPImageProcessor(size=size, crop_size=size)
+    parts = {"image_encoder": encoder, "safety_checker": checker, "feature_extractor": extractor}
+    pipe = fourstroke.StableDiffusionPipeline(**{**base.components, **parts})
+    pipe.load_ip_adapter(
+        {"image_proj": plain_projection(tiny.WIDTH), "ip_adapter": layers(pipe.unet)}, None, None, None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def layers(unet: Any) -> dict[str, Tensor]:
+    found = {}
+    for i, (_, attention) in enumerate(cross_attentions(unet)):
+        for part in "kv":
+            found[f"{2 * i + 1}.to_{part}_ip.weight"] = torch.randn(attention.to_k.weight.shape) / 4
+    return found
+
+
+def adapted() -> Any:
+    torch.manual_seed(5)
+    adapter = tiny.filled(
+        fourstroke.T2IAdapter.from_config({"channels": (16, 32), "downscale_factor": 8, "num_res_blocks": 1})
+    )
+    pipe = fourstroke.StableDiffusionAdapterPipeline.from_pipe(tiny.sd(), adapter=adapter)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def animated() -> Any:
+    base = tiny.sd()
+    torch.manual_seed(6)
+    config = {"block_out_channels": (16, 32), "motion_layers_per_block": 1, "motion_num_attention_heads": 2}
+    adapter = tiny.filled(fourstroke.MotionAdapter.from_config(config | {"motion_norm_num_groups": 4}))
+    pipe = fourstroke.AnimateDiffPipeline.from_pipe(base, motion_adapter=adapter)
+    pipe.enable_free_init(num_iters=2)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+CHECKER = {"projection_dim": 12}
 Case = tuple[Callable[[], Any], dict[str, Any]]
 CASES: dict[str, Case] = {
     "sd": (tiny.sd, {}),
     "xl": (tiny.xl, {}),
     "controlnet inpainting": (steered, STEERED),
+    "image prompt, safety checker": (prompted, {"ip_adapter_image": picture(4)}),
+    "T2I-Adapter": (adapted, {"image": picture(5)}),
+    "animation": (animated, {"num_frames": 2, "height": 32, "width": 32}),
 }
 
 
@@ -75,6 +132,7 @@ class Watched:
 
     def __init__(self, pipe: Any, monkeypatch: pytest.MonkeyPatch):
         self.names = {id(network): name for name, network in pipe.components.items() if isinstance(network, nn.Module)}
+        self.names |= {id(projection): "image projection" for projection in projections(pipe.unet)}
         self.offload = Offload("cpu", copy=lambda tensor, _: tensor.clone())
         self.ran: list[tuple[str, set[str]]] = []
         self.moves: list[set[str]] = []
@@ -86,7 +144,10 @@ class Watched:
             self.moves.append(self.resident)
 
         monkeypatch.setattr(self.offload, "bring", recorded)
-        for name, network in pipe.components.items():
+        running = [*pipe.components.items(), *(("image projection", part) for part in projections(pipe.unet))]
+        for name, network in running:
+            if name == "motion_adapter":
+                continue  # its modules are in the UNet
             for method in ("forward", "encode", "decode", "embed_condition"):
                 if isinstance(network, nn.Module) and hasattr(network, method):
                     monkeypatch.setattr(network, method, self.recorder(name, getattr(network, method)))
@@ -116,7 +177,8 @@ def test_offloaded_networks_are_there_when_they_run_and_give_the_same_picture(
 
     assert watched.ran and all(name in there for name, there in watched.ran)
     text = {name for name in watched.names.values() if name.startswith("text_encoder")}
-    together = [text, {"vae"}, {"unet"} | ({"controlnet"} & set(watched.names.values()))]
+    alone = ({name} for name in ("vae", "adapter", "image_encoder", "image projection", "safety_checker"))
+    together = [text, {"unet"} | ({"controlnet"} & set(watched.names.values())), *alone]
     assert all(any(there <= group for group in together) for there in watched.moves)
     # No network comes twice in a row, and a ControlNet stays from its condition to the last step.
     order = [
@@ -124,7 +186,10 @@ def test_offloaded_networks_are_there_when_they_run_and_give_the_same_picture(
     ]
     first = {name: order.index(name) for name in {"unet", "vae", *text}}
     assert max(first[name] for name in text) < first["unet"]
-    assert order[-1] == "vae" and "vae" not in order[first["unet"] : -1]
+    tail = [name for name in order[first["unet"] :] if name not in ("unet", "controlnet")]
+    assert tail in (["vae"], ["vae", "safety_checker"])
+    assert "safety_checker" not in watched.names.values() or tail[-1] == "safety_checker"
+    assert not {"image_encoder", "image projection", "adapter"} & set(order[first["unet"] :])
 
     assert not watched.offload.resident, "every run ends with all networks on the CPU"
     for name, state in before.items():
