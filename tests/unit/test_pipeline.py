@@ -78,9 +78,7 @@ def test_a_pipeline_or_component_that_is_not_supported_is_named(tmp_path: Path) 
 def test_what_cannot_be_saved_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     pipe = tiny.sd()
     pipe.safety_checker = lambda images, clip_input: (images, [False] * len(images))
-    with pytest.raises(
-        ValueError, match="'safety_checker' is a function, which cannot be saved: set pipe"
-    ):
+    with pytest.raises(ValueError, match="'safety_checker' is a function, which cannot be saved: set pipe"):
         pipe.save_pretrained(tmp_path / "model")
     pipe.safety_checker = None
     with pytest.raises(ValueError, match=r"Only \.safetensors files are written"):
