@@ -211,3 +211,48 @@ def test_latents_do_not_tell_what_is_behind_the_mask(pipelines: Pipelines, hub: 
     pipe = pipelines("fourstroke", INPAINT_9)
     with pytest.raises(ValueError, match="which latents do not tell: pass masked_image_latents"):
         generated(pipe, {"image": LATENTS, "mask_image": MASK})
+
+
+def test_unfusing_takes_the_scale_of_fusing_back(hub: Path) -> None:
+    """diffusers keeps ``lora_scale`` on the LoRA when the fusing is undone."""
+    case = CASES["LoRA: style"]
+    pipe = Pipelines()("fourstroke", case)
+    before = paint_case(pipe, case)
+    pipe.fuse_lora(lora_scale=0.5)
+    assert np.abs(paint_case(pipe, case) - before).mean() >= EFFECT
+    pipe.unfuse_lora()
+    assert np.array_equal(paint_case(pipe, case), before)
+
+
+# A form that diffusers refuses or misreads, and the one that it wants for the same thing.
+FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "one scale for several adapters": (
+        "T2I-Adapter: XL, two",
+        {"adapter_conditioning_scale": 0.5},
+        {"adapter_conditioning_scale": [0.5, 0.5]},
+    ),
+    "a list of one scale": (
+        "animation: controlled",
+        {"controlnet_conditioning_scale": [0.5]},
+        {"controlnet_conditioning_scale": 0.5},
+    ),
+    "a picture with an alpha channel": ("img2img: few", {"image": START.convert("RGBA")}, {"image": START}),
+    "a grey picture": (
+        "img2img: few",
+        {"image": START.convert("L")},
+        {"image": START.convert("L").convert("RGB")},
+    ),
+    "one negative prompt for all prompts": (
+        "img2img: prompts",
+        {"negative_prompt": NEGATIVE, "guidance_scale": 1.5},
+        {"negative_prompt": [NEGATIVE, NEGATIVE], "guidance_scale": 1.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("form_name", FORMS)
+def test_forms_that_the_peer_does_not_take(form_name: str, pipelines: Pipelines, hub: Path) -> None:
+    name, free, strict = FORMS[form_name]
+    case = CASES[name]
+    ours, theirs = (pipelines(library, case) for library in ("fourstroke", "diffusers"))
+    assert_same_pictures(paint_case(ours, case, **free), paint_case(theirs, case, **strict))
