@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -272,10 +272,7 @@ def upcast(vae: VAE, wanted: bool) -> Iterator[torch.dtype]:
 
 
 @torch.no_grad()
-def decode(
-    vae: VAE, latents: Tensor, *, upcast_half: bool = False, chunk: int | None = None,
-    decoder: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+def decode(vae: VAE, latents: Tensor, *, upcast_half: bool = False, chunk: int | None = None) -> Tensor:
     """Latents in the UNet's scale, (N, 4, h, w) or (N, 4, F, h, w) -> pictures (N or N F, 3, 8h, 8w), about [-1, 1].
 
     Args:
@@ -283,12 +280,10 @@ def decode(
         latents: what the loop left.
         upcast_half: decode in float32 when a half-precision VAE asks for it; see `upcast`.
         chunk: pictures at a time; all if not given.
-        decoder: in place of ``vae.decode``, such as one that works in tiles.
     """
     flat = _denormalise(vae, without_frames(latents))
-    decoder = decoder or vae.decode
     with upcast(vae, upcast_half) as dtype:
-        return torch.cat([decoder(part.to(dtype)) for part in flat.split(chunk or len(flat))])
+        return torch.cat([vae.decode(part.to(dtype)) for part in flat.split(chunk or len(flat))])
 
 
 def check_pictures(parts: Components, request: GenerateRequest) -> None:
