@@ -289,11 +289,7 @@ def steer(
         found.append(Steering(control.start, control.end, net, condition, control.scale))
     for control, adapter in zip(request.adapters, parts.t2i_adapters, strict=True):
         channels = adapter.config.in_channels
-        if box is None:
-            pictures = adapter_to_tensor(control.image, *size, channels=channels)
-        else:
-            pictures = control_to_tensor(control.image, *size, resize_mode=mode, crops_coords=box)
-            pictures = pictures.mean(1, keepdim=True) if channels == 1 else pictures
+        pictures = adapter_to_tensor(control.image, *size, channels=channels, resize_mode=mode, crops_coords=box)
         parts.bring(adapter)
         pictures = pictures.to(adapter.device, adapter.dtype)
         features = (per_row(value, request, "control picture") * control.scale for value in adapter(pictures))

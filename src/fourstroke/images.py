@@ -101,7 +101,14 @@ def control_to_tensor(
 
 
 def adapter_to_tensor(
-    image: Any, height: int | None = None, width: int | None = None, *, channels: int = 3, factor: int = 8
+    image: Any,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    channels: int = 3,
+    factor: int = 8,
+    resize_mode: str = "default",
+    crops_coords: Box | None = None,
 ) -> Tensor:
     """Make a T2I-Adapter's pictures ready: (N, channels, height, width) float32 in [0, 1].
 
@@ -111,11 +118,13 @@ def adapter_to_tensor(
         channels: the adapter's ``in_channels``; 1 makes PIL images grey (sketch and Canny adapters of SD 1.5), any
             other makes them RGB.
         factor: the adapter's ``downscale_factor``.
+        resize_mode, crops_coords: as for `to_tensor`.
 
     Raises:
         TypeError, ValueError: see `to_tensor`; or arrays have another number of channels than ``channels``.
     """
-    batch = _fit(read_pictures(image), height, width, "L" if channels == 1 else "RGB", factor=factor)
+    mode = "L" if channels == 1 else "RGB"
+    batch = _fit(read_pictures(image), height, width, mode, resize_mode, crops_coords, factor)
     if channels == 3:
         batch = _three_channels(batch)
     if batch.shape[1] != channels:
