@@ -83,12 +83,16 @@ def fetch(
         options = {"revision": revision, "cache_dir": cache_dir}
         folder = None if local_files_only else _download(str(name), select, token, force_download, **options)
         folder = folder or _cached(str(name), **options)
-    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     try:
-        select(sorted(files))
+        select(listing(folder))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: {error}") from None
     return folder
+
+
+def listing(folder: Path) -> list[str]:
+    """The files of a local folder and its subfolders, relative to it, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _check_is_repository_id(name: str | os.PathLike[str]) -> None:

@@ -123,8 +123,7 @@ def _read(source: Source, subfolder: str | None, weight_name: str | None, where:
         return found
 
     folder = hub.fetch(source, select, **where)
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return read_ip_adapter(folder / select(files)[0])
+    return read_ip_adapter(folder / select(hub.listing(folder))[0])
 
 
 def _prefix(subfolder: str | None) -> str:
