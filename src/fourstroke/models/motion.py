@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import hub
 from ..config import MotionAdapterConfig, config_from_dict
 from ..loading import Model, WeightError, WeightSource, build, listed, resolve_file, warn_unknown
 from .layers import Attention, FeedForward
@@ -154,43 +155,32 @@ class MotionAdapter(Model):
     @classmethod
     def from_single_file(
         cls,
-        path: str | os.PathLike[str],
+        pretrained_model_link_or_path: str | os.PathLike[str],
         *,
         config: MotionAdapterConfig | Mapping[str, Any] | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        **unknown: Any,
+        **options: Any,
     ) -> Self:
         """Load a file that comes without a configuration, in AnimateDiff's layout or in that of `from_pretrained`.
 
         Args:
-            path: a ``.safetensors`` file, or its address on the hub
+            pretrained_model_link_or_path: a ``.safetensors`` file, or its address on the hub
                 (``https://huggingface.co/owner/name/blob/main/file.safetensors``).
             config: default is what the tensors tell (`config_of`), with 8 heads and groups of 32, as all published
                 adapters have.
             torch_dtype, dtype: dtype of the parameters, two names of one thing (default ``torch.float32``).
-            revision, token, cache_dir, local_files_only, force_download: as in huggingface_hub.
-            unknown: any other keyword warns and is ignored.
+            options: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download`` as in
+                huggingface_hub; any other keyword warns and is ignored.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is a pickle, or has parts that are not supported.
             WeightError: a tensor is unknown, missing or of the wrong shape; all of them are named.
         """
-        warn_unknown(f"{cls.__name__}.from_single_file", unknown)
-        file = resolve_file(
-            path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
+        where = {name: options.pop(name) for name in hub.OPTIONS if name in options}
+        warn_unknown(f"{cls.__name__}.from_single_file", options)
+        file = resolve_file(pretrained_model_link_or_path, **where)
         source = WeightSource.from_files([file], cls.published_name)
         if isinstance(config, Mapping):
             config = config_from_dict(MotionAdapterConfig, config)
