@@ -201,9 +201,7 @@ def lora_file(
         return found or hub.required(files, prefix + LORA_NAME)
 
     folder = hub.fetch(name, select, **where)
-    return (
-        folder / select(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))[0]
-    )
+    return folder / select(hub.listing(folder))[0]
 
 
 def library_of(component: Any) -> str | None:
@@ -245,6 +243,13 @@ def given_components(where: str, target: type[Any], options: Mapping[str, Any]) 
     unknown = {name: value for name, value in options.items() if name not in known and name not in HARMLESS}
     warn_unknown(where, {name: value for name, value in unknown.items() if value is not None})
     return {name: value for name, value in options.items() if name in known}, known
+
+
+def several(component: Any, name: str) -> list[Any]:
+    """A component that may be one network, a list of them, or a container that holds them as ``name``."""
+    if component is None:
+        return []
+    return list(component if isinstance(component, list | tuple) else getattr(component, name, [component]))
 
 
 def is_setting(value: Any) -> bool:

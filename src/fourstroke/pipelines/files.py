@@ -40,7 +40,7 @@ STEM = "model"
 LAYOUT = "0.30.0"
 
 
-class Plan(NamedTuple):
+class Index(NamedTuple):
     """What a repository's pipeline is made of.
 
     Attributes:
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
 
 def look_up(
     cls: type[DiffusionPipeline], method: str, source: str | os.PathLike[str], options: Mapping[str, Any]
-) -> Plan:
+) -> Index:
     """Read a repository's ``model_index.json``.
 
     Args:
@@ -85,11 +85,11 @@ def look_up(
         # Its own motion modules are those that run; the adapter beside it is what they were made from.
         wanted.pop("motion_adapter", None)
     given |= {name: value for name, value in open_.items() if is_setting(value)}
-    return Plan(source, where, target, given, wanted)
+    return Index(source, where, target, given, wanted)
 
 
-def fetch_components(plan: Plan, variant: str | None) -> Path:
-    """A local folder with the files of the components that ``plan`` wants.
+def fetch_components(index: Index, variant: str | None) -> Path:
+    """A local folder with the files of the components that ``index`` wants.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -97,9 +97,9 @@ def fetch_components(plan: Plan, variant: str | None) -> Path:
     """
 
     def select(files: list[str]) -> list[str]:
-        return [file for name, kind in plan.wanted.items() for file in component_files(files, name, kind, variant)]
+        return [file for name, kind in index.wanted.items() for file in component_files(files, name, kind, variant)]
 
-    return hub.fetch(plan.source, select, **plan.where)
+    return hub.fetch(index.source, select, **index.where)
 
 
 def load_repository(
@@ -118,17 +118,17 @@ def load_repository(
     Raises:
         FileNotFoundError, UnsupportedConfig, WeightError: as there.
     """
-    plan = look_up(cls, "from_pretrained", source, options)
-    folder, given = fetch_components(plan, variant), plan.given
-    for name in counted(list(plan.wanted)):
-        kind = plan.wanted[name]
+    index = look_up(cls, "from_pretrained", source, options)
+    folder, given = fetch_components(index, variant), index.given
+    for name in counted(list(index.wanted)):
+        kind = index.wanted[name]
         if kind != MOTION_UNET:
             given[name] = load_component(folder / name, kind, variant, dtype)
             continue
         given[name], adapter = load_motion_unet(folder / name, variant, dtype)
-        if "motion_adapter" in plan.target.component_names:
+        if "motion_adapter" in index.target.component_names:
             given.setdefault("motion_adapter", adapter)
-    return plan.target, given
+    return index.target, given
 
 
 def load_checkpoint(

@@ -28,7 +28,7 @@ from ..request import FreeInit, GenerateRequest, GenerateResult, Windows
 from ..runtime.device import check_device
 from ..runtime.offload import Offload
 from . import long_animation, loras, memory
-from .components import HARMLESS, SETTINGS, given_components
+from .components import HARMLESS, SETTINGS, given_components, several
 from .files import fetch_components, load_checkpoint, load_repository, look_up, save
 from .ip_adapter import (
     encode_image,
@@ -37,7 +37,7 @@ from .ip_adapter import (
     set_ip_adapter_scale,
     unload_ip_adapter,
 )
-from .run import call, generate, several
+from .run import call, generate
 
 if TYPE_CHECKING:
     from typing_extensions import Self

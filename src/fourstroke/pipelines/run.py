@@ -20,9 +20,6 @@ from .ip_adapter import image_tokens
 if TYPE_CHECKING:
     from .pipeline import DiffusionPipeline
 
-# Component -> the name under which its container holds several.
-STEERING: Mapping[str, str] = {"controlnet": "nets", "adapter": "adapters"}
-
 
 class PipelineOutput(NamedTuple):
     """What a pipeline returns: ``images`` as ``output_type`` says, and the safety checker's verdicts, if any."""
@@ -142,7 +139,8 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, decode_denois
     """The end that all ``__call__`` methods share: their ``arguments``, by name, through `generate` and out."""
     where = f"{type(pipe).__name__}.__call__"
     callback = on_step(pipe, arguments)
-    nets, adapters = (several(getattr(pipe, name, None), many) for name, many in STEERING.items())
+    parts = pipe._parts()
+    nets, adapters = parts.controlnets, parts.t2i_adapters
     if adapters:
         steps = arguments.get("adapter_conditioning_factor", 1.0)
         fields["adapters"] = controls(
@@ -160,7 +158,7 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, decode_denois
     if "video" in arguments:
         fields["num_frames"] = len(read_pictures(arguments["video"], "video"))
     if pipe.sized_by_model:
-        own = picture_size(pipe._parts(), GenerateRequest(prompt=""))
+        own = picture_size(parts, GenerateRequest(prompt=""))
         for name, value in zip(("height", "width"), own, strict=True):
             fields[name] = arguments[name] or value
     fields |= {"windows": pipe._windows, "free_init": pipe._free_init}
@@ -171,13 +169,6 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, decode_denois
     else:
         output = AnimationOutput(result.images)
     return output if arguments["return_dict"] else tuple(output)
-
-
-def several(component: Any, name: str) -> list[Any]:
-    """A component that may be one network, a list of them, or a container that holds them as ``name``."""
-    if component is None:
-        return []
-    return list(component if isinstance(component, list | tuple) else getattr(component, name, [component]))
 
 
 def progress_bar(total: int, options: Mapping[str, Any]) -> Any:
