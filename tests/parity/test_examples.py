@@ -6,19 +6,14 @@ import runpy
 import sys
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import pytest
 
 from fourstroke.utils import save_animation
 
+from ..unit.tiny import picture
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def picture(seed: int) -> PIL.Image.Image:
-    """Coarse noise, 64 x 64 pixels."""
-    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(blocks).resize((64, 64))
 
 
 def run(
@@ -35,7 +30,7 @@ def test_an_inpainted_controlled_styled_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    picture(0).save("photo.png")
+    picture(0, (64, 64)).save("photo.png")
     mask = PIL.Image.new("L", (64, 64))
     mask.paste(255, (16, 16, 48, 48))
     mask.save("mask.png")
@@ -49,7 +44,7 @@ def test_animations_long_repainted_and_steered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save_animation([picture(i) for i in range(6)], "video.gif", fps=8)
+    save_animation([picture(i, (64, 64)) for i in range(6)], "video.gif", fps=8)
     made = run("animation.py", ["video.gif"], monkeypatch, capsys)
     assert [path.name for path in made] == ["long.gif", "repainted.gif", "steered.gif"]
     for path, frames in zip(made, (32, 6, 6), strict=True):

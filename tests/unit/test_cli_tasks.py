@@ -32,24 +32,9 @@ from .test_cli_generate import (  # noqa: F401 - fixtures
     pixels,
     run,
 )
+from .tiny import picture
 
 EMOJI_SIZE = 128
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tinyhub")
-    tinyhub.build(root / "cache", root / "model")
-    return root
-
-
-@pytest.fixture
-def sd15(built: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A tiny model of SD 1.5's shape, and what its short names stand for in the hub's cache; 32x32 pixels."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(built / "cache"))
-    return str(built / "model")
 
 
 def scene(size: tuple[int, int] = (32, 32)) -> PIL.Image.Image:
@@ -69,11 +54,11 @@ def mask(size: tuple[int, int] = (32, 32)) -> PIL.Image.Image:
 def files(here: Path) -> Path:  # noqa: F811
     """What the commands of these tests name."""
     scene().save(here / "photo.png")
-    tinyhub.picture(5).save(here / "other.png")
+    picture(5).save(here / "other.png")
     mask().save(here / "mask.png")
     edges = PIL.Image.fromarray(cv2.Canny(np.asarray(scene((64, 64))), 100, 200)).convert("RGB")
     edges.save(here / "edges.png")
-    frames = [tinyhub.picture(i) for i in range(6)]
+    frames = [picture(i) for i in range(6)]
     frames[0].save(here / "clip.gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
     return here
 
@@ -247,7 +232,7 @@ def test_what_is_a_drawing() -> None:
     edges = PIL.Image.fromarray(cv2.Canny(np.asarray(scene((64, 64))), 100, 200))
     assert pictures.is_drawing(edges) and pictures.is_drawing(edges.resize((100, 90)))
     inverted = PIL.Image.fromarray(255 - np.asarray(edges))
-    for photo in (scene(), inverted, scene().convert("L"), tinyhub.picture(1), PIL.Image.new("RGB", (9, 9), "blue")):
+    for photo in (scene(), inverted, scene().convert("L"), picture(1), PIL.Image.new("RGB", (9, 9), "blue")):
         assert not pictures.is_drawing(photo)
 
 
@@ -324,7 +309,7 @@ def test_a_video_is_repainted_frame_by_frame(sd15: str, files: Path, seen: list[
     assert len(request.image) == len(request.controls[0].image) == 4
     assert isinstance(request.controls[1].image, PIL.Image.Image)
     for i, frame in enumerate(request.image):
-        assert abs(array(frame) - array(tinyhub.picture(i))).mean() < 12
+        assert abs(array(frame) - array(picture(i))).mean() < 12
     assert len(frames_of(files / "x.gif")[0]) == 4
     result = generate(sd15, "--frames", "8", "--image", "clip.gif", code=2)
     assert_one_line(result, "--image clip.gif has 6 frames, but --frames is 8")

@@ -23,16 +23,11 @@ from fourstroke import (
 )
 from fourstroke.lora.layers import LCM_LORA_TARGETS, init_pairs
 from tests.unit import tiny
+from tests.unit.tiny import picture
 
 EFFECT = 0.2 / 255
 PART = PIL.Image.new("L", (32, 32))
 PART.paste(255, (8, 8, 24, 32))
-
-
-def picture(seed: int, size: tuple[int, int] = (32, 32)) -> PIL.Image.Image:
-    """Coarse noise."""
-    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(blocks).resize(size)
 
 
 def steered() -> Any:

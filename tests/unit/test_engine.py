@@ -34,27 +34,12 @@ from fourstroke.models.motion import attach_motion_
 from fourstroke.plan import split_place, split_weight
 
 from . import tiny, tinyhub
-from .tinyhub import picture
+from .tiny import picture
 
 MASK = PIL.Image.new("L", (32, 32))
 MASK.paste(255, (8, 8, 24, 32))
 # Every network has an effect of at least this on a picture in [0, 1].
 EFFECT = 0.2 / 255
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tinyhub")
-    tinyhub.build(root / "cache", root / "model")
-    return root
-
-
-@pytest.fixture
-def sd15(built: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(built / "cache"))
-    return str(built / "model")
 
 
 def paint(it: Any, **fields: Any) -> np.ndarray:

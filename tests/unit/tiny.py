@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import nn
 
@@ -121,3 +123,9 @@ def xl() -> StableDiffusionXLPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def picture(seed: int, size: tuple[int, int] = (32, 32)) -> PIL.Image.Image:
+    """Coarse noise."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(blocks).resize(size)

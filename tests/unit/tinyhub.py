@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -151,9 +149,3 @@ def motion_lora(path: Path) -> Path:
 
     save_file({key: tensor for key, tensor in load_file(path).items() if "motion_modules" in key}, path)
     return path
-
-
-def picture(seed: int, size: tuple[int, int] = (32, 32)) -> PIL.Image.Image:
-    """Coarse noise."""
-    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(blocks).resize(size)
