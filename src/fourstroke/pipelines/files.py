@@ -16,7 +16,6 @@ from ..models.clip import CLIPTextModel
 from ..models.clip_vision import CLIPVisionModelWithProjection
 from ..models.safety import StableDiffusionSafetyChecker
 from ..schedulers import load_scheduler
-from ..single_file import load_single_file
 from .components import (
     INDEX_NAME,
     MOTION_UNET,
@@ -147,6 +146,9 @@ def load_checkpoint(
     Raises:
         FileNotFoundError, ValueError, WeightError: see `fourstroke.single_file.load_single_file`.
     """
+    # The tables of the original layouts are read by those alone who load such a file.
+    from ..single_file import load_single_file
+
     options = dict(options)
     where = {name: options.pop(name) for name in hub.OPTIONS if name in options}
     parts = load_single_file(source, dtype=dtype, skip=tuple(options), progress=counted, **reading, **where)
