@@ -10,6 +10,8 @@ from typing import Any
 
 ZOO = Path(__file__).parent / "zoo"
 ALIASES = {"emoji": "emoji/base"}
+# In the folder of a shipped model: folder of a component -> the folder in the zoo whose files it is made of.
+SHARED_NAME = "shared.json"
 # The keywords that say how a repository is fetched; see `fetch`.
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -91,8 +93,25 @@ def fetch(
 
 
 def listing(folder: Path) -> list[str]:
-    """The files of a local folder and its subfolders, relative to it, in order."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """The files of a local folder and its subfolders, and of what it shares (see `part`), relative to it, in order."""
+    own = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    shared = [f"{name}/{file}" for name, place in _shared(folder).items() for file in listing(place)]
+    return sorted(own + shared)
+
+
+def part(folder: Path, name: str) -> Path:
+    """The folder of the component ``name`` of the model in ``folder``.
+
+    Shipped models that have a component in common, as a fine-tuned model has its autoencoder in common with its base,
+    share one copy of it. Everybody else's components lie inside ``folder``.
+    """
+    return _shared(folder).get(name.strip("/"), folder / name)
+
+
+def _shared(folder: Path) -> dict[str, Path]:
+    if ZOO not in folder.parents or not (folder / SHARED_NAME).is_file():
+        return {}
+    return {name: ZOO / place for name, place in read_json(folder / SHARED_NAME).items()}
 
 
 def _check_is_repository_id(name: str | os.PathLike[str]) -> None:

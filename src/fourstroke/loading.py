@@ -250,7 +250,7 @@ class Model(nn.Module):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        return load_model(cls, folder / prefix, variant=variant, dtype=dtype or torch_dtype)
+        return load_model(cls, hub.part(folder, prefix), variant=variant, dtype=dtype or torch_dtype)
 
     @classmethod
     def from_single_file(

@@ -73,7 +73,7 @@ class Tokenizer:
             both = {prefix + "vocab.json", prefix + "merges.txt"} <= set(found)
             return found if both else hub.required(files, prefix + "tokenizer.json") + found
 
-        return cls.from_folder(hub.fetch(name, select, **where) / prefix)
+        return cls.from_folder(hub.part(hub.fetch(name, select, **where), prefix))
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:

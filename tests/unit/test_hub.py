@@ -56,6 +56,22 @@ def test_shipped_names(zoo: Path) -> None:
     assert hub.fetch("emoji/lcm-lora", everything) == zoo / "emoji" / "lcm-lora"
 
 
+def test_a_shipped_model_shares_the_folder_of_a_component(zoo: Path) -> None:
+    blob, vae = zoo / "emoji" / "blob", zoo / "emoji" / "base" / "vae"
+    for folder in (blob / "unet", vae):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    (blob / hub.SHARED_NAME).write_text('{"vae": "emoji/base/vae"}')
+    assert hub.fetch("emoji/blob", lambda files: hub.required(files, "vae/config.json", "unet/config.json")) == blob
+    assert [hub.part(blob, name) for name in ("vae", "vae/", "unet")] == [vae, vae, blob / "unet"]
+
+
+def test_only_a_shipped_model_shares(tmp_path: Path) -> None:
+    (tmp_path / hub.SHARED_NAME).write_text('{"vae": "emoji/base/vae"}')
+    assert hub.part(tmp_path, "vae") == tmp_path / "vae"
+    assert hub.listing(tmp_path) == [hub.SHARED_NAME]
+
+
 def test_alias(zoo: Path) -> None:
     assert hub.local_folder("emoji") == zoo / "emoji" / "base"
 

@@ -175,7 +175,7 @@ def _pipeline(folder: Path, name: str) -> Facts:
 
     index = hub.read_json(folder / INDEX_NAME)
     components = {
-        name: {"class": entry[1], **weights_in(folder / name)}
+        name: {"class": entry[1], **weights_in(hub.part(folder, name))}
         for name, entry in index.items()
         if isinstance(entry, list) and entry[1] is not None
     }

@@ -122,7 +122,7 @@ def load_repository(
     for name in counted(list(index.wanted)):
         kind = index.wanted[name]
         if kind != MOTION_UNET:
-            given[name] = load_component(folder / name, kind, variant, dtype)
+            given[name] = load_component(hub.part(folder, name), kind, variant, dtype)
             continue
         given[name], adapter = load_motion_unet(folder / name, variant, dtype)
         if "motion_adapter" in index.target.component_names:
