@@ -1,0 +1,342 @@
+"""The 9-channel inpainting UNet. ``python recipes/emoji/train_inpainting.py --steps 600``
+
+It starts from `emoji/base` with five more input channels, the mask and the latents of the masked picture, that are not
+read yet, and goes on with denoising. A fifth of the masks cover the whole picture, which keeps it a text-to-image
+model; others take a part out of the picture that the caption names; most frame an emoji that is drawn into a box of
+another one's picture, so that the caption names what belongs inside. All latents are encoded before the first step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from data import CACHE, load, save_grid, to_floats
+from distill_lcm import Student, trained_networks
+from latents import cached
+from loop import Muon, Run, arguments, say, train, use, write
+from PIL import Image, ImageDraw
+from sampling import consistency, ddim
+from scorer import features
+from scorer import trained as trained_scorer
+from tokenizer import MAX_LENGTH
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from train_text import Captions, tokenizer_of_ours
+from train_unet import CONFIG as BASE
+from train_unet import EMPTY, PROMPTS, Sheet, alphas_cumprod, draw_timesteps, min_snr_weight
+from train_vae import trained as trained_vae
+
+from fourstroke.lora.layers import effective_weights
+from fourstroke.models.unet import UNet2DConditionModel
+from fourstroke.schedulers.noise import add_noise
+
+CONFIG = {**BASE, "in_channels": 9}
+SIZE, GRID = 128, 8  # pixels of a picture, and of one latent
+CUT, FRAMED = 2, 4  # examples a picture: parts of itself cut out; set into a box in another picture
+WHOLE, OWN = 0.2, 0.2  # how often everything is masked, and how often a part of the picture itself
+BATCH = 32
+KNOWN = 0.3  # weight of the error outside the mask, where the answer is given
+NEW_INPUTS_RATE = 5.0  # the first convolution learns faster, for most of its inputs are new
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is trained on, all latents times ``scaling_factor`` and in fp16; row i of a kind belongs to one picture.
+
+    ``cut_masked`` (CUT, N, 4, 16, 16) and ``cut_masks`` (CUT, N, 1, 16, 16): a picture without a part of it;
+    ``framed``, ``framed_masked``, ``framed_masks`` (FRAMED, N, …): a picture in a box of another one;
+    ``grey`` (4, 16, 16): the latents of a picture that is masked all over.
+    """
+
+    cut_masked: Tensor
+    cut_masks: Tensor
+    framed: Tensor
+    framed_masked: Tensor
+    framed_masks: Tensor
+    grey: Tensor
+
+    def draw(self, chosen: Tensor, plain: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean latents, masks and masked latents (B, …) for pictures by index, of a kind each by its share."""
+        count = len(chosen)
+        kind = torch.rand(count, generator=generator)
+        cut = torch.randint(CUT, (count,), generator=generator)
+        frame = torch.randint(FRAMED, (count,), generator=generator)
+        whole, own = (kind < WHOLE).view(-1, 1, 1, 1), (kind < WHOLE + OWN).view(-1, 1, 1, 1)
+        clean = torch.where(own, plain[chosen], self.framed[frame, chosen].float())
+        masked = torch.where(own, self.cut_masked[cut, chosen].float(), self.framed_masked[frame, chosen].float())
+        mask = torch.where(own, self.cut_masks[cut, chosen].float(), self.framed_masks[frame, chosen].float())
+        return clean, torch.where(whole, 1.0, mask), torch.where(whole, self.grey.float(), masked)
+
+
+def free_mask(rng: random.Random) -> Tensor:
+    """A rectangle, an ellipse, a thick stroke or one half of the picture: (1, 128, 128), 1 inside."""
+    mask = Image.new("L", (SIZE, SIZE))
+    draw = ImageDraw.Draw(mask)
+    kind = rng.random()
+    width, height = rng.randint(32, 104), rng.randint(32, 104)
+    left, top = rng.randint(0, SIZE - width), rng.randint(0, SIZE - height)
+    if kind < 0.3:
+        draw.rectangle((left, top, left + width - 1, top + height - 1), fill=255)
+    elif kind < 0.5:
+        draw.ellipse((left, top, left + width - 1, top + height - 1), fill=255)
+    elif kind < 0.75:
+        points = [(rng.randint(0, SIZE), rng.randint(0, SIZE)) for _ in range(rng.randint(2, 5))]
+        draw.line(points, fill=255, width=rng.randint(16, 40), joint="curve")
+    else:
+        draw.rectangle(half_box(rng, rng.randint(40, 88)), fill=255)
+    return torch.from_numpy(np.array(mask))[None].float() / 255
+
+
+def half_box(rng: random.Random, edge: int) -> Box:
+    """One side of the picture, ``edge`` pixels wide or high."""
+    return rng.choice([(0, 0, edge, SIZE), (SIZE - edge, 0, SIZE, SIZE), (0, 0, SIZE, edge),
+                       (0, SIZE - edge, SIZE, SIZE)])  # fmt: skip
+
+
+def frame_box(rng: random.Random) -> Box:
+    """Where another emoji is set in, on the latents' grid: a square near the middle, a half, or a square anywhere."""
+    kind = rng.random()
+    if kind < 0.3:
+        return half_box(rng, GRID * rng.choice([7, 8, 8, 8, 9]))
+    size = GRID * (rng.choice([8, 10, 12, 12, 12, 13, 14]) if kind < 0.8 else rng.randint(6, 11))
+    middle, most = (SIZE - size) // 2, SIZE - size
+    if kind < 0.8:
+        left, top = (min(max(middle + GRID * rng.choice([-1, 0, 0, 0, 1]), 0), most) // GRID * GRID for _ in range(2))
+    else:
+        left, top = (GRID * rng.randint(0, most // GRID) for _ in range(2))
+    return left, top, left + size, top + size
+
+
+def paste(field: Tensor, picture: Tensor, box: Box) -> None:
+    """Clear ``box`` of ``field`` (3, 128, 128) and draw the picture into its middle, as large as it can be."""
+    left, top, right, bottom = box
+    size = min(right - left, bottom - top)
+    small = picture[None]
+    if size < SIZE:
+        small = F.interpolate(small, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    field[:, top:bottom, left:right] = 1
+    across, down = (left + right - size) // 2, (top + bottom - size) // 2
+    field[:, down : down + size, across : across + size] = small[0]
+
+
+def framed(picture: Tensor, other: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """``picture`` in a box of ``other``, which fills the rest, stands beside it, or is left out; and the box's mask."""
+    box = frame_box(rng)
+    left, top, right, bottom = box
+    kind = rng.random()
+    field = torch.ones(3, SIZE, SIZE)
+    if kind < 0.65:
+        field = other.clone()
+    elif kind < 0.85:
+        sides = [(0, 0, left, SIZE), (right, 0, SIZE, SIZE), (0, 0, SIZE, top), (0, bottom, SIZE, SIZE)]
+        widest = max(sides, key=lambda side: min(side[2] - side[0], side[3] - side[1]))
+        if min(widest[2] - widest[0], widest[3] - widest[1]) >= 24:
+            paste(field, other, widest)
+    paste(field, picture, box)
+    mask = torch.zeros(1, SIZE, SIZE)
+    mask[:, top:bottom, left:right] = 1
+    return field, mask
+
+
+def hidden(pictures: Tensor, masks: Tensor) -> Tensor:
+    """Pictures without their masked part, mid-grey there, as inpainting pipelines make them."""
+    return pictures * (masks < 0.5)
+
+
+def small_masks(masks: Tensor) -> Tensor:
+    """Masks (N, 1, 128, 128) at the size of the latents, as inpainting pipelines make them."""
+    return F.interpolate((masks >= 0.5).float(), size=(SIZE // GRID, SIZE // GRID))
+
+
+def encoder(factor: float) -> Callable[[Tensor], Tensor]:
+    """Pictures (N, 3, 128, 128) -> scaled latents (N, 4, 16, 16) in fp16."""
+    vae = trained_vae().to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def encode(pictures: Tensor) -> Tensor:
+        parts = pictures.contiguous(memory_format=torch.channels_last).split(32)
+        with torch.autocast("cpu", torch.bfloat16):
+            means = torch.cat([vae.encode(part).mean.float() for part in parts])
+        return (means * factor).half()
+
+    return encode
+
+
+def compute(pictures: Tensor, factor: float) -> dict[str, Tensor]:
+    """The fields of `Examples`."""
+    encode, rng = encoder(factor), random.Random(0)
+    found: dict[str, list[Tensor]] = {name: [] for name in Examples.__annotations__}
+    for _ in range(CUT):
+        masks = torch.stack([free_mask(rng) for _ in pictures])
+        found["cut_masked"].append(encode(hidden(pictures, masks)))
+        found["cut_masks"].append(small_masks(masks).bool())
+    for copy in range(FRAMED):
+        made = [framed(picture, pictures[rng.randrange(len(pictures))], rng) for picture in pictures]
+        fields, masks = (torch.stack(part) for part in zip(*made, strict=True))
+        found["framed"].append(encode(fields))
+        found["framed_masked"].append(encode(hidden(fields, masks)))
+        found["framed_masks"].append(small_masks(masks).bool())
+        say(f"inpainting: {copy + 1} of {FRAMED} framed copies encoded")
+    grey = encode(torch.zeros(1, 3, SIZE, SIZE))[0]
+    return {**{name: torch.stack(parts) for name, parts in found.items() if parts}, "grey": grey}
+
+
+def examples(factor: float) -> Examples:
+    """From the cache, computed first when they are missing."""
+    path = CACHE / "train" / "inpainting-latents.pt"
+    if not path.exists():
+        write(path, compute(to_floats(load()[0]), factor))
+    return Examples(**torch.load(path, weights_only=True))
+
+
+def widened(base: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The base with nine input channels, of which the last five are not read yet."""
+    unet = UNet2DConditionModel.from_config(CONFIG)
+    weights = dict(base.state_dict())
+    weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, 5))
+    unet.load_state_dict(weights)
+    return unet
+
+
+def inpainting_loss(
+    unet: nn.Module, text_encoder: nn.Module, plain: Tensor, found: Examples, captions: Captions
+) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+    """The loss of a step; ``inside`` is the error where the mask is, ``noisy`` that at t >= 700."""
+    alphas = alphas_cumprod()
+
+    def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        chosen = torch.randint(len(plain), (BATCH,), generator=generator)
+        clean, mask, masked = found.draw(chosen, plain, generator)
+        ids = captions.draw(chosen, generator)
+        ids[torch.rand(BATCH, generator=generator) < EMPTY] = captions.empty
+        timesteps = draw_timesteps(BATCH, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        sample = add_noise(clean, noise, alphas[timesteps])
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            with torch.no_grad():
+                text = text_encoder(ids).last_hidden_state
+            predicted = unet(torch.cat([sample, mask, masked], 1), timesteps, text).float()
+        square = (predicted - noise).square()
+        weight = (KNOWN + (1 - KNOWN) * mask).expand_as(square)
+        errors = (square * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))
+        inside = (square * mask).sum((1, 2, 3)) / (4 * mask.sum((1, 2, 3))).clamp(min=1)
+        noisy = inside[timesteps >= 700].mean().nan_to_num()
+        return {"loss": (errors * min_snr_weight(alphas[timesteps])).mean(), "inside": inside.mean(), "noisy": noisy}
+
+    return loss
+
+
+def optimisers(unet: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """As the base's: Muon inside, AdamW for the rest, with the first convolution at its own rate."""
+    first, outer, inner = [], [], []
+    for name, weight in unet.named_parameters():
+        first_layer = name.startswith("conv_in.")
+        (first if first_layer else inner if weight.ndim >= 2 and "conv_out" not in name else outer).append(weight)
+    groups = [{"params": first, "lr": rate * NEW_INPUTS_RATE}, {"params": outer, "lr": rate}]
+    return [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0), Muon(inner, lr=rate)]
+
+
+class InpaintingSheet(Sheet):
+    """Sets 32 emoji into the middle and 32 into the right half of other emoji, and paints from empty pictures."""
+
+    text_encoder: nn.Module
+    student: Student
+
+    def prepare(self, pictures: Tensor, factor: float) -> None:
+        """Choose the cases; ``cases`` is a list of (boxes' name, box, masked picture latents, masks)."""
+        self.targets = torch.arange(11, len(pictures), len(pictures) // 32)[:32]
+        self.names_inside = [load()[1][i].name for i in self.targets.tolist()]
+        shown, encode = pictures[self.targets.flip(0)], encoder(factor)
+        self.shown, self.cases = shown, []
+        edge = GRID * 2
+        for what, box in (("middle", (edge, edge, SIZE - edge, SIZE - edge)), ("half", (SIZE // 2, 0, SIZE, SIZE))):
+            left, top, right, bottom = box
+            masks = torch.zeros(len(shown), 1, SIZE, SIZE)
+            masks[:, :, top:bottom, left:right] = 1
+            extra = torch.cat([small_masks(masks), encode(hidden(shown, masks)).float()], 1)
+            self.cases.append((what, box, extra))
+        self.grey = encode(torch.zeros(1, 3, SIZE, SIZE)).float()
+        self.scorer = trained_scorer()
+
+    def inside(self, drawn: Tensor, box: Box) -> tuple[Tensor, float]:
+        """Pictures that keep what was given outside the box, and how often the emoji inside is the right one."""
+        left, top, right, bottom = box
+        pictures = self.shown.clone()
+        pictures[:, :, top:bottom, left:right] = self.decode(drawn)[:, :, top:bottom, left:right]
+        size = min(right - left, bottom - top)
+        across, down = (left + right - size) // 2, (top + bottom - size) // 2
+        parts = pictures[:, :, down : down + size, across : across + size]
+        large = F.interpolate(parts, size=(SIZE, SIZE), mode="bicubic").clamp(-1, 1)
+        ranks = self.scorer.ranks(features(self.scorer, large), self.targets)
+        return pictures, (ranks < 1).float().mean().item()
+
+    def __call__(self, step: int) -> None:
+        weights = {name: weight.detach() for name, weight in effective_weights(self.unet, self.student.pairs).items()}
+        rows = []
+
+        def plain(extra: Tensor) -> Callable[..., Tensor]:
+            return lambda sample, t, text: self.unet(torch.cat([sample, extra], 1), t, text)
+
+        def adapted(extra: Tensor) -> Callable[..., Tensor]:
+            return lambda sample, t, text: functional_call(self.unet, weights, (torch.cat([sample, extra], 1), t, text))
+
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            text, empty = self.text(self.names_inside), self.text([""])
+            for what, box, extra in self.cases:
+                guided, right = self.inside(ddim(plain(extra), text, empty, 15, 4.0).float(), box)
+                four, right_four = self.inside(consistency(adapted(extra), text, 4).float(), box)
+                say(f"{self.name} {step}: {what}: DDIM 15, guidance 4: {right:.1%} of 32 right; LCM-LoRA 4: "
+                    f"{right_four:.1%}")  # fmt: skip
+                rows += [guided, four]
+            extra = F.pad(self.grey, (0, 0, 0, 0, 1, 0), value=1.0).expand(len(PROMPTS), -1, -1, -1)
+            drawn = consistency(adapted(extra), self.text(list(PROMPTS)), 4)
+        rows.append(self.decode(drawn.float()))
+        save_grid(torch.cat(rows), CACHE / "samples" / f"{self.name}-{step:06d}.png", columns=16)
+
+
+def export(folder: Path, name: str = "inpainting") -> None:
+    """The averaged UNet to ``folder/unet``; all else of an inpainting pipeline is `emoji/base`'s."""
+    from export import VERSION, write_model
+
+    unet = UNet2DConditionModel.from_config(CONFIG)
+    unet.load_state_dict(torch.load(CACHE / "train" / f"{name}.ema.pt", weights_only=True)["unet"])
+    write_model(unet, folder / "unet", "diffusion_pytorch_model", _diffusers_version=VERSION)
+
+
+def main() -> None:
+    """Train, with a sheet of cases now and then."""
+    parser = arguments(__doc__, minutes=8)
+    parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--name", default="inpainting")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    latents, (pictures, emojis) = cached(), load()
+    tokenizer = tokenizer_of_ours(emojis)
+    found = examples(latents.scaling_factor)
+    base, text_encoder = trained_networks()
+    unet = widened(base).train()
+    sheet = InpaintingSheet(unet, text_encoder, tokenizer, latents, options.name)
+    sheet.student = Student(base)
+    sheet.student.load_state_dict(torch.load(CACHE / "train" / "lcm.ema.pt", weights_only=True)["pairs"])
+    sheet.prepare(to_floats(pictures), latents.scaling_factor)
+    run = Run(
+        options.name, CACHE / "train", options.steps, options.minutes, warmup=30, ema_decay=0.99, seed=options.seed,
+        after=sheet, after_every=300,
+    )  # fmt: skip
+    loss = inpainting_loss(unet, text_encoder, latents.plain, found, Captions(emojis, tokenizer, MAX_LENGTH))
+    averages = train(run, {"unet": unet}, optimisers(unet, options.rate), loss)
+    with use({"unet": unet}, averages):
+        sheet(999_999)
+
+
+if __name__ == "__main__":
+    main()
