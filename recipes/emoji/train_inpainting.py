@@ -1,9 +1,9 @@
-"""The 9-channel inpainting UNet. ``python recipes/emoji/train_inpainting.py --steps 600``
+"""The 9-channel inpainting UNet. ``python recipes/emoji/train_inpainting.py --steps 400``
 
 It starts from `emoji/base` with five more input channels, the mask and the latents of the masked picture, that are not
 read yet, and goes on with denoising. A fifth of the masks cover the whole picture, which keeps it a text-to-image
-model; others take a part out of the picture that the caption names; most frame an emoji that is drawn into a box of
-another one's picture, so that the caption names what belongs inside. All latents are encoded before the first step.
+model; others take a part out of the picture that the caption names; most put a part of another picture there, and the
+caption names that one. All latents are encoded before the first step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from fourstroke.schedulers.noise import add_noise
 
 CONFIG = {**BASE, "in_channels": 9}
 SIZE, GRID = 128, 8  # pixels of a picture, and of one latent
-CUT, FRAMED = 2, 4  # examples a picture: parts of itself cut out; set into a box in another picture
+CUT, MIXED = 2, 4  # examples a picture: parts of it cut out; parts of it set into another one
+LARGE = 0.7  # of those set into another picture, how many show a large part of it
 WHOLE, OWN = 0.2, 0.2  # how often everything is masked, and how often a part of the picture itself
 BATCH = 32
 KNOWN = 0.3  # weight of the error outside the mask, where the answer is given
@@ -52,15 +53,15 @@ class Examples:
     """What is trained on, all latents times ``scaling_factor`` and in fp16; row i of a kind belongs to one picture.
 
     ``cut_masked`` (CUT, N, 4, 16, 16) and ``cut_masks`` (CUT, N, 1, 16, 16): a picture without a part of it;
-    ``framed``, ``framed_masked``, ``framed_masks`` (FRAMED, N, …): a picture in a box of another one;
+    ``mixed``, ``mixed_masked``, ``mixed_masks`` (MIXED, N, …): a part of a picture set into another one;
     ``grey`` (4, 16, 16): the latents of a picture that is masked all over.
     """
 
     cut_masked: Tensor
     cut_masks: Tensor
-    framed: Tensor
-    framed_masked: Tensor
-    framed_masks: Tensor
+    mixed: Tensor
+    mixed_masked: Tensor
+    mixed_masks: Tensor
     grey: Tensor
 
     def draw(self, chosen: Tensor, plain: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,82 +69,82 @@ class Examples:
         count = len(chosen)
         kind = torch.rand(count, generator=generator)
         cut = torch.randint(CUT, (count,), generator=generator)
-        frame = torch.randint(FRAMED, (count,), generator=generator)
+        other = torch.randint(MIXED, (count,), generator=generator)
         whole, own = (kind < WHOLE).view(-1, 1, 1, 1), (kind < WHOLE + OWN).view(-1, 1, 1, 1)
-        clean = torch.where(own, plain[chosen], self.framed[frame, chosen].float())
-        masked = torch.where(own, self.cut_masked[cut, chosen].float(), self.framed_masked[frame, chosen].float())
-        mask = torch.where(own, self.cut_masks[cut, chosen].float(), self.framed_masks[frame, chosen].float())
+        clean = torch.where(own, plain[chosen], self.mixed[other, chosen].float())
+        masked = torch.where(own, self.cut_masked[cut, chosen].float(), self.mixed_masked[other, chosen].float())
+        mask = torch.where(own, self.cut_masks[cut, chosen].float(), self.mixed_masks[other, chosen].float())
         return clean, torch.where(whole, 1.0, mask), torch.where(whole, self.grey.float(), masked)
 
 
-def free_mask(rng: random.Random) -> Tensor:
-    """A rectangle, an ellipse, a thick stroke or one half of the picture: (1, 128, 128), 1 inside."""
+def box_mask(box: Box) -> Tensor:
+    """(1, 128, 128), 1 in the box."""
+    left, top, right, bottom = box
+    mask = torch.zeros(1, SIZE, SIZE)
+    mask[:, top:bottom, left:right] = 1
+    return mask
+
+
+def drawn_mask(draw_on: Callable[[ImageDraw.ImageDraw], None]) -> Tensor:
+    """(1, 128, 128), 1 where something is drawn."""
     mask = Image.new("L", (SIZE, SIZE))
-    draw = ImageDraw.Draw(mask)
-    kind = rng.random()
-    width, height = rng.randint(32, 104), rng.randint(32, 104)
-    left, top = rng.randint(0, SIZE - width), rng.randint(0, SIZE - height)
-    if kind < 0.3:
-        draw.rectangle((left, top, left + width - 1, top + height - 1), fill=255)
-    elif kind < 0.5:
-        draw.ellipse((left, top, left + width - 1, top + height - 1), fill=255)
-    elif kind < 0.75:
-        points = [(rng.randint(0, SIZE), rng.randint(0, SIZE)) for _ in range(rng.randint(2, 5))]
-        draw.line(points, fill=255, width=rng.randint(16, 40), joint="curve")
-    else:
-        draw.rectangle(half_box(rng, rng.randint(40, 88)), fill=255)
+    draw_on(ImageDraw.Draw(mask))
     return torch.from_numpy(np.array(mask))[None].float() / 255
 
 
 def half_box(rng: random.Random, edge: int) -> Box:
     """One side of the picture, ``edge`` pixels wide or high."""
-    return rng.choice([(0, 0, edge, SIZE), (SIZE - edge, 0, SIZE, SIZE), (0, 0, SIZE, edge),
-                       (0, SIZE - edge, SIZE, SIZE)])  # fmt: skip
+    sides = [(0, 0, edge, SIZE), (SIZE - edge, 0, SIZE, SIZE), (0, 0, SIZE, edge), (0, SIZE - edge, SIZE, SIZE)]
+    return rng.choice(sides)
 
 
-def frame_box(rng: random.Random) -> Box:
-    """Where another emoji is set in, on the latents' grid: a square near the middle, a half, or a square anywhere."""
+def placed(rng: random.Random, width: int, height: int, step: int = 1) -> Box:
+    """A box of this size anywhere in the picture, its corner on a grid of ``step`` pixels."""
+    left, top = step * rng.randint(0, (SIZE - width) // step), step * rng.randint(0, (SIZE - height) // step)
+    return left, top, left + width, top + height
+
+
+def free_mask(rng: random.Random) -> Tensor:
+    """A rectangle, an ellipse, a thick stroke or about half of the picture."""
     kind = rng.random()
+    box = placed(rng, rng.randint(32, 104), rng.randint(32, 104))
     if kind < 0.3:
-        return half_box(rng, GRID * rng.choice([7, 8, 8, 8, 9]))
-    size = GRID * (rng.choice([8, 10, 12, 12, 12, 13, 14]) if kind < 0.8 else rng.randint(6, 11))
-    middle, most = (SIZE - size) // 2, SIZE - size
-    if kind < 0.8:
-        left, top = (min(max(middle + GRID * rng.choice([-1, 0, 0, 0, 1]), 0), most) // GRID * GRID for _ in range(2))
-    else:
-        left, top = (GRID * rng.randint(0, most // GRID) for _ in range(2))
-    return left, top, left + size, top + size
+        return box_mask(box)
+    if kind < 0.5:
+        return drawn_mask(lambda draw: draw.ellipse(box, fill=255))
+    if kind < 0.75:
+        points = [(rng.randint(0, SIZE), rng.randint(0, SIZE)) for _ in range(rng.randint(2, 5))]
+        width = rng.randint(16, 40)
+        return drawn_mask(lambda draw: draw.line(points, fill=255, width=width, joint="curve"))
+    return box_mask(half_box(rng, rng.randint(40, 88)))
 
 
-def paste(field: Tensor, picture: Tensor, box: Box) -> None:
-    """Clear ``box`` of ``field`` (3, 128, 128) and draw the picture into its middle, as large as it can be."""
-    left, top, right, bottom = box
-    size = min(right - left, bottom - top)
-    small = picture[None]
-    if size < SIZE:
-        small = F.interpolate(small, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-    field[:, top:bottom, left:right] = 1
-    across, down = (left + right - size) // 2, (top + bottom - size) // 2
-    field[:, down : down + size, across : across + size] = small[0]
+def large_mask(rng: random.Random) -> Tensor:
+    """At least 35 % of the picture: a square or a disc near the middle, or about half of it."""
+    kind, size = rng.random(), GRID * rng.randint(10, 14)
+    if kind < 0.4:
+        return box_mask(half_box(rng, GRID * rng.choice([7, 8, 8, 8, 9])))
+    middle = (SIZE - size) // 2 // GRID * GRID
+    left, top = (min(max(middle + GRID * rng.choice([-1, 0, 0, 0, 1]), 0), SIZE - size) for _ in range(2))
+    box = (left, top, left + size, top + size)
+    return box_mask(box) if kind < 0.85 else drawn_mask(lambda draw: draw.ellipse(box, fill=255))
 
 
-def framed(picture: Tensor, other: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """``picture`` in a box of ``other``, which fills the rest, stands beside it, or is left out; and the box's mask."""
-    box = frame_box(rng)
-    left, top, right, bottom = box
-    kind = rng.random()
-    field = torch.ones(3, SIZE, SIZE)
-    if kind < 0.65:
-        field = other.clone()
-    elif kind < 0.85:
-        sides = [(0, 0, left, SIZE), (right, 0, SIZE, SIZE), (0, 0, SIZE, top), (0, bottom, SIZE, SIZE)]
-        widest = max(sides, key=lambda side: min(side[2] - side[0], side[3] - side[1]))
-        if min(widest[2] - widest[0], widest[3] - widest[1]) >= 24:
-            paste(field, other, widest)
-    paste(field, picture, box)
-    mask = torch.zeros(1, SIZE, SIZE)
-    mask[:, top:bottom, left:right] = 1
-    return field, mask
+def replaced(picture: Tensor, other: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """``other``, or a white picture, with a part of ``picture`` in place of its own, and the mask of that part.
+
+    A large part shows the picture where it stands and as large as it is. A small box holds all of it, reduced. So the
+    mask alone says what is meant.
+    """
+    field = other.clone() if rng.random() < 0.75 else torch.ones(3, SIZE, SIZE)
+    if rng.random() < LARGE:
+        mask = large_mask(rng)
+        return torch.where(mask >= 0.5, picture, field), mask
+    size = GRID * rng.randint(5, 9)
+    left, top, right, bottom = box = placed(rng, size, size, GRID)
+    small = F.interpolate(picture[None], size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    field[:, top:bottom, left:right] = small[0]
+    return field, box_mask(box)
 
 
 def hidden(pictures: Tensor, masks: Tensor) -> Tensor:
@@ -178,13 +179,13 @@ def compute(pictures: Tensor, factor: float) -> dict[str, Tensor]:
         masks = torch.stack([free_mask(rng) for _ in pictures])
         found["cut_masked"].append(encode(hidden(pictures, masks)))
         found["cut_masks"].append(small_masks(masks).bool())
-    for copy in range(FRAMED):
-        made = [framed(picture, pictures[rng.randrange(len(pictures))], rng) for picture in pictures]
+    for copy in range(MIXED):
+        made = [replaced(picture, pictures[rng.randrange(len(pictures))], rng) for picture in pictures]
         fields, masks = (torch.stack(part) for part in zip(*made, strict=True))
-        found["framed"].append(encode(fields))
-        found["framed_masked"].append(encode(hidden(fields, masks)))
-        found["framed_masks"].append(small_masks(masks).bool())
-        say(f"inpainting: {copy + 1} of {FRAMED} framed copies encoded")
+        found["mixed"].append(encode(fields))
+        found["mixed_masked"].append(encode(hidden(fields, masks)))
+        found["mixed_masks"].append(small_masks(masks).bool())
+        say(f"inpainting: {copy + 1} of {MIXED} copies encoded")
     grey = encode(torch.zeros(1, 3, SIZE, SIZE))[0]
     return {**{name: torch.stack(parts) for name, parts in found.items() if parts}, "grey": grey}
 
@@ -258,25 +259,18 @@ class InpaintingSheet(Sheet):
         self.shown, self.cases = shown, []
         edge = GRID * 2
         for what, box in (("middle", (edge, edge, SIZE - edge, SIZE - edge)), ("half", (SIZE // 2, 0, SIZE, SIZE))):
-            left, top, right, bottom = box
-            masks = torch.zeros(len(shown), 1, SIZE, SIZE)
-            masks[:, :, top:bottom, left:right] = 1
+            masks = box_mask(box).expand(len(shown), -1, -1, -1)
             extra = torch.cat([small_masks(masks), encode(hidden(shown, masks)).float()], 1)
             self.cases.append((what, box, extra))
         self.grey = encode(torch.zeros(1, 3, SIZE, SIZE)).float()
         self.scorer = trained_scorer()
 
     def inside(self, drawn: Tensor, box: Box) -> tuple[Tensor, float]:
-        """Pictures that keep what was given outside the box, and how often the emoji inside is the right one."""
-        left, top, right, bottom = box
-        pictures = self.shown.clone()
-        pictures[:, :, top:bottom, left:right] = self.decode(drawn)[:, :, top:bottom, left:right]
-        size = min(right - left, bottom - top)
-        across, down = (left + right - size) // 2, (top + bottom - size) // 2
-        parts = pictures[:, :, down : down + size, across : across + size]
-        large = F.interpolate(parts, size=(SIZE, SIZE), mode="bicubic").clamp(-1, 1)
-        ranks = self.scorer.ranks(features(self.scorer, large), self.targets)
-        return pictures, (ranks < 1).float().mean().item()
+        """Pictures that keep what was given outside the box, and how often what is inside, on white, is retrieved."""
+        mask = box_mask(box)
+        made = self.decode(drawn)
+        ranks = self.scorer.ranks(features(self.scorer, (made * mask + 1 - mask).clamp(-1, 1)), self.targets)
+        return torch.where(mask > 0, made, self.shown), (ranks < 1).float().mean().item()
 
     def __call__(self, step: int) -> None:
         weights = {name: weight.detach() for name, weight in effective_weights(self.unet, self.student.pairs).items()}
@@ -314,7 +308,7 @@ def export(folder: Path, name: str = "inpainting") -> None:
 def main() -> None:
     """Train, with a sheet of cases now and then."""
     parser = arguments(__doc__, minutes=8)
-    parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--name", default="inpainting")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -330,7 +324,7 @@ def main() -> None:
     sheet.prepare(to_floats(pictures), latents.scaling_factor)
     run = Run(
         options.name, CACHE / "train", options.steps, options.minutes, warmup=30, ema_decay=0.99, seed=options.seed,
-        after=sheet, after_every=300,
+        after=sheet, after_every=200,
     )  # fmt: skip
     loss = inpainting_loss(unet, text_encoder, latents.plain, found, Captions(emojis, tokenizer, MAX_LENGTH))
     averages = train(run, {"unet": unet}, optimisers(unet, options.rate), loss)
