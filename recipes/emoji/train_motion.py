@@ -19,6 +19,7 @@ import torch
 from clips import LENGTH, MOTIONS, Clips, clips
 from data import CACHE, load, save_grid
 from distill_lcm import Student, trained_networks
+from folders import write_model
 from latents import cached
 from loop import Run, arguments, optimisers, say, train, use
 from sampling import consistency
@@ -160,9 +161,7 @@ class MotionSheet:
 
 def export(folder: Path) -> None:
     """The adapter as diffusers' `MotionAdapter` has it, fp16."""
-    from export import VERSION, write_model  # which imports this file
-
-    write_model(trained_motion()[2], folder, "diffusion_pytorch_model", _diffusers_version=VERSION)
+    write_model(trained_motion()[2], folder)
 
 
 def main() -> None:
