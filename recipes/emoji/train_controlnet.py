@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conditions import Cases, Controlled, controlled
 from data import CACHE, load
 from distill_lcm import Student, trained_networks
+from folders import write_model
 from latents import cached
 from loop import Run, arguments, optimisers, train, use
 from sampling import consistency, ddim
@@ -124,11 +125,9 @@ class ControlSheet:
 
 def export(folder: Path, name: str = "controlnet") -> None:
     """The averaged network."""
-    from export import VERSION, write_model
-
     network = untrained(trained_networks()[0])
     network.load_state_dict(torch.load(CACHE / "train" / f"{name}.ema.pt", weights_only=True)["controlnet"])
-    write_model(network, folder, "diffusion_pytorch_model", _diffusers_version=VERSION)
+    write_model(network, folder)
 
 
 def main() -> None:

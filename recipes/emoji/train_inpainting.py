@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from data import CACHE, load, save_grid, to_floats
 from distill_lcm import Student, trained_networks
+from folders import write_model
 from latents import cached
 from loop import Muon, Run, arguments, say, train, use, write
 from PIL import Image, ImageDraw
@@ -298,11 +299,9 @@ class InpaintingSheet(Sheet):
 
 def export(folder: Path, name: str = "inpainting") -> None:
     """The averaged UNet to ``folder/unet``; all else of an inpainting pipeline is `emoji/base`'s."""
-    from export import VERSION, write_model
-
     unet = UNet2DConditionModel.from_config(CONFIG)
     unet.load_state_dict(torch.load(CACHE / "train" / f"{name}.ema.pt", weights_only=True)["unet"])
-    write_model(unet, folder / "unet", "diffusion_pytorch_model", _diffusers_version=VERSION)
+    write_model(unet, folder / "unet")
 
 
 def main() -> None:
