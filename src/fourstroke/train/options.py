@@ -26,7 +26,7 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """What is adapted of a text encoder."""
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("precision", "base_precision"), tuple(PRECISIONS)),
+    **dict.fromkeys(("precision", "base_precision", "save_precision"), tuple(PRECISIONS)),
     "schedule": SCHEDULES,
     "optimizer": OPTIMIZERS,
     "loss": LOSSES,
@@ -86,6 +86,7 @@ class TrainOptions:
     sample_prompts: tuple[str, ...] = option((), "Their prompts; captions of the data if not given.")
     log: str = option("csv", "Where figures go: csv (OUTPUT/metrics.csv) or tensorboard (OUTPUT/events…).")
     layout: str = option("kohya", "Layout of the LoRA file: kohya or peft.")
+    save_precision: str = option("fp16", "Of the LoRA file: fp32, bf16 or fp16.")
     caption: str | None = option(None, "Caption of pictures without one; with {} in it, put around every caption.")
     cache: str | None = option(None, "Folder for encoded pictures and captions; OUTPUT/cache if not given.")
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
