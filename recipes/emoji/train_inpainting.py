@@ -23,7 +23,8 @@ from latents import cached
 from loop import Muon, Run, arguments, say, train, use, write
 from PIL import Image, ImageDraw
 from sampling import consistency, ddim
-from scorer import features
+from scorer import NAME as SCORER
+from scorer import Scorer, features
 from scorer import trained as trained_scorer
 from tokenizer import MAX_LENGTH
 from torch import Tensor, nn
@@ -264,14 +265,20 @@ class InpaintingSheet(Sheet):
             extra = torch.cat([small_masks(masks), encode(hidden(shown, masks)).float()], 1)
             self.cases.append((what, box, extra))
         self.grey = encode(torch.zeros(1, 3, SIZE, SIZE)).float()
-        self.scorer = trained_scorer()
+        known = (CACHE / "train" / f"{SCORER}.ema.pt").exists()
+        self.scorer: Scorer | None = trained_scorer() if known else None
 
     def inside(self, drawn: Tensor, box: Box) -> tuple[Tensor, float]:
-        """Pictures that keep what was given outside the box, and how often what is inside, on white, is retrieved."""
-        mask = box_mask(box)
+        """Pictures that keep what was given outside the box, and how often what is inside, on white, is retrieved.
+
+        Not a number, until there is a scorer.
+        """
+        mask, right = box_mask(box), float("nan")
         made = self.decode(drawn)
-        ranks = self.scorer.ranks(features(self.scorer, (made * mask + 1 - mask).clamp(-1, 1)), self.targets)
-        return torch.where(mask > 0, made, self.shown), (ranks < 1).float().mean().item()
+        if self.scorer is not None:
+            ranks = self.scorer.ranks(features(self.scorer, (made * mask + 1 - mask).clamp(-1, 1)), self.targets)
+            right = (ranks < 1).float().mean().item()
+        return torch.where(mask > 0, made, self.shown), right
 
     def __call__(self, step: int) -> None:
         weights = {name: weight.detach() for name, weight in effective_weights(self.unet, self.student.pairs).items()}
