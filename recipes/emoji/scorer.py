@@ -1,4 +1,4 @@
-"""The measure: a small picture encoder that names what it sees. ``python recipes/emoji/scorer.py --steps 1500``
+"""The measure: a small picture encoder that names what it sees. ``python recipes/emoji/scorer.py``
 
 It is trained on real pictures alone, of all four drawing styles (`styles.py`), moved, turned, scaled, blurred, tinted,
 noised and partly covered, to tell all emoji apart (a cosine classifier: one unit vector an emoji, whatever its style)
@@ -20,7 +20,8 @@ from loop import Run, arguments, optimisers, say, train
 from styles import BASE, STYLES, load_style
 from torch import Tensor, nn
 
-NAME = "scorer-styles"
+NAME = "scorer-all"
+STEPS = 1500
 STYLE_NAMES = (BASE, *STYLES)
 STYLE_SHARES = (0.34, 0.22, 0.22, 0.22)  # of a batch
 STYLE_WEIGHT = 0.3  # of the style's cross-entropy in the loss
@@ -130,25 +131,7 @@ def style_of(scorer: Scorer, pictures: Tensor) -> Tensor:
     return torch.cat([scorer.look(part)[1].argmax(-1) for part in pictures.split(64)])
 
 
-def frechet(first: Tensor, second: Tensor) -> float:
-    """Frechet distance of two sets of feature vectors (N, D), each taken as a normal distribution (arXiv 1706.08500,
-    eq. 6)."""
-    a, b = first.double(), second.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, axes = torch.linalg.eigh(cov_a)
-    root = axes @ torch.diag(values.clamp(min=0).sqrt()) @ axes.T
-    mixed = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * mixed
-    return max(0.0, float(distance))
-
-
-def sharpness(pictures: Tensor) -> float:
-    """Mean energy of the Laplacian of the grey pictures: blur lowers it, noise raises it."""
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
-    return F.conv2d(pictures.mean(1, keepdim=True), kernel).square().mean().item()
-
-
-def trained(minutes: float = 7, steps: int = 0, seed: int = 0) -> Scorer:
+def trained(steps: int = STEPS, seed: int = 0) -> Scorer:
     """The scorer from the cache, trained first when it is missing."""
     torch.manual_seed(seed)
     count = len(load()[1])
@@ -171,7 +154,7 @@ def trained(minutes: float = 7, steps: int = 0, seed: int = 0) -> Scorer:
                 "style": (styles.argmax(-1) == style).float().mean(),
             }  # fmt: skip
 
-        run = Run(NAME, CACHE / "train", steps, minutes, seed=seed)
+        run = Run(NAME, CACHE / "train", steps, seed=seed)
         train(run, {"scorer": scorer}, optimisers({"scorer": (scorer, 2e-3)}, adamw=("names", "style_head")), loss)
     scorer.load_state_dict(torch.load(path, weights_only=True)["scorer"])
     return scorer.eval().requires_grad_(False)
@@ -179,9 +162,9 @@ def trained(minutes: float = 7, steps: int = 0, seed: int = 0) -> Scorer:
 
 def main() -> None:
     """Train, and report how many of all real pictures, plain and augmented, are retrieved."""
-    options = arguments(__doc__, minutes=7).parse_args()
+    options = arguments(__doc__, minutes=0).parse_args()
     torch.set_num_threads(options.threads)
-    scorer = trained(options.minutes, options.steps, options.seed)
+    scorer = trained(options.steps or STEPS, options.seed)
     for number, name in enumerate(STYLE_NAMES):
         pictures, own = load_style(name)
         unseen = own % HELD_OUT == 0
