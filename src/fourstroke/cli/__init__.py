@@ -1,4 +1,4 @@
-"""The command line: ``fourstroke generate "a red fox"``, ``models``, ``inspect``, ``info``.
+"""The command line: ``fourstroke generate "a red fox"``, and ``distill``, ``train``, ``models``, ``inspect``, ``info``.
 
 Whatever is slow to import is imported inside the verbs, so that ``--help`` and completion answer at once.
 
@@ -56,16 +56,16 @@ class Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-class Generate(TyperCommand):
-    """``generate``, whose options are made when they are first asked for: they come from the library."""
+class Verb(TyperCommand):
+    """A verb whose options are made when they are first asked for: they come from the library."""
 
     complete = False
 
     def get_params(self, ctx: Any) -> Any:
         if not self.complete:
-            from .generate import command
+            from . import generate, train
 
-            made = command()
+            made = generate.command() if self.name == "generate" else train.command(str(self.name))
             self.params, self.callback, self.complete = made.params, made.callback, True
         return super().get_params(ctx)
 
@@ -101,11 +101,37 @@ def _fourstroke(
         typer.echo(ctx.get_help())
 
 
-@app.command(cls=Generate)
+@app.command(cls=Verb)
 def generate() -> None:
     """Paint pictures of PROMPT and print the paths of their files.
 
     Each file holds the settings that it was made with: the text that AUTOMATIC1111's web UI writes, and JSON.
+    """
+
+
+@app.command(cls=Verb)
+def distill() -> None:
+    """Distil an LCM-LoRA of MODEL, with which it paints in 1 to 8 steps, and print the path of the file.
+
+    The same command again goes on where the run stopped.
+    """
+
+
+trainings = typer.Typer(cls=Verbs, help="Train a LoRA on pictures: [bold]fourstroke train lora[/bold].")
+app.add_typer(trainings, name="train")
+
+
+@trainings.callback(invoke_without_command=True)
+def _train(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@trainings.command("lora", cls=Verb)
+def train_lora() -> None:
+    """Train a LoRA of MODEL on pictures: a style, a subject. Print the path of the file.
+
+    The same command again goes on where the run stopped.
     """
 
 

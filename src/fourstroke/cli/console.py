@@ -19,6 +19,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # The class of "the command line is wrong" has no public name of its own; it is what BadParameter derives from.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
+MEMORY_MEND = "Try a smaller --size or fewer pictures (--num)."
 BAD_INPUTS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, NotImplementedError)
 
 
@@ -88,7 +89,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, BAD_INPUTS):
         return text, BAD_INPUT
     if isinstance(error, MemoryError) or "memory" in text.lower():
-        return f"{text.rstrip('.')}. Try a smaller --size or fewer pictures (--num).", FAILED
+        return f"{text.rstrip('.')}. {getattr(error, 'mend', MEMORY_MEND)}".rstrip(), FAILED
     if isinstance(error, OSError | RuntimeError):
         return text, FAILED
     return f"{type(error).__name__}: {text} (--debug shows where)", FAILED
@@ -99,9 +100,10 @@ def _explain_usage(error: Any) -> str:
     place = f" See {context.command_path} --help." if context is not None else ""
     option = getattr(error, "option_name", None)
     if option is not None and hasattr(error, "possibilities"):
-        from .options import OTHER_NAMES
+        from . import options, train
 
-        known = OTHER_NAMES.get(option)
+        flags = {flag for parameter in context.command.params for flag in parameter.opts} if context else set()
+        known = next((found for other in (options, train) if (found := other.OTHER_NAMES.get(option)) in flags), None)
         mend = f" Did you mean {known!r}?" if known else did_you_mean(option, error.possibilities or ())
         return f"There is no option {option}.{mend or place}"
     # typer passes pydantic's words on: "Input should be a valid integer, unable to parse string as an integer".

@@ -316,7 +316,7 @@ def _encoded_pictures(
     if missing:
         parts.bring(parts.vae)
         tell("pictures", done, len(wanted))
-    with ThreadPoolExecutor(THREADS) as pool, upcast(parts.vae, parts.xl) as dtype:
+    with store, ThreadPoolExecutor(THREADS) as pool, upcast(parts.vae, parts.xl) as dtype:
         for (height, width), keys in missing.items():
             batches = pieces(keys, max(1, PIXELS_A_BATCH // (height * width)))
             for batch, pixels in _ahead(pool, batches, lambda key: _pixels(*wanted[key])):
@@ -378,16 +378,16 @@ def _texts(parts: Components, source: Source, options: DataOptions, cache: Path 
     done = len(every) - len(missing)
     if missing:
         tell("captions", done, len(every))
-    for batch in pieces(list(missing), CAPTIONS_A_BATCH):
-        prompts = [missing[key] for key in batch]
-        with _without_long_ones(), torch.no_grad():
-            encoded, _ = encode_text(parts, GenerateRequest(prompt=prompts, clip_skip=options.clip_skip), False)
-        store.add(
-            batch, {"embeds": encoded.embeds, "pooled": encoded.pooled} if parts.xl else {"embeds": encoded.embeds}
-        )
-        done += len(batch)
-        tell("captions", done, len(every))
-    store.flush()
+    with store:
+        for batch in pieces(list(missing), CAPTIONS_A_BATCH):
+            prompts = [missing[key] for key in batch]
+            with _without_long_ones(), torch.no_grad():
+                encoded, _ = encode_text(parts, GenerateRequest(prompt=prompts, clip_skip=options.clip_skip), False)
+            store.add(
+                batch, {"embeds": encoded.embeds, "pooled": encoded.pooled} if parts.xl else {"embeds": encoded.embeds}
+            )
+            done += len(batch)
+            tell("captions", done, len(every))
     return _Texts(store, dict(zip(every, keys, strict=True)))
 
 

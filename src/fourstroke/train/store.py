@@ -75,6 +75,13 @@ class Store:
             except WeightError as error:
                 warnings.warn(f"{error} Its contents are computed again.", stacklevel=2)
 
+    def __enter__(self) -> Store:
+        """Inside, rows are added; what has been added is written at the end, also when that is an interruption."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.flush()
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 

@@ -60,15 +60,15 @@ def painted(
     before = pipe.scheduler, pipe._progress_options
     pipe.scheduler, pipe._progress_options = scheduler, {"disable": True}
     try:
-        for batch in pieces(missing, max(1, PIXELS_A_BATCH // (size[0] * size[1]))):
-            tell(done, len(keys))
-            store.add(batch, {"mean": _paint(pipe, texts, batch, size, options)})
-            done += len(batch)
+        with store:
+            for batch in pieces(missing, max(1, PIXELS_A_BATCH // (size[0] * size[1]))):
+                tell(done, len(keys))
+                store.add(batch, {"mean": _paint(pipe, texts, batch, size, options)})
+                done += len(batch)
         if missing:
             tell(done, len(keys))
     finally:
         pipe.scheduler, pipe._progress_options = before
-        store.flush()
     return store, keys
 
 
