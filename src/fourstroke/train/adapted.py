@@ -1,9 +1,9 @@
 """The weights that a network is trained with: its frozen ones, changed by pairs.
 
 Where the frozen weights are float32, the change is added to them once for every pass: no layer computes more than
-before. Half precision cannot hold such sums: a bfloat16 has eight bits, and the change of a whole training is often
-smaller than half of the last one. There the pair stays beside its weight, ``h = W x + alpha / rank * up (down x)``
-(LoRA, arXiv 2106.09685, eq. 3), and each term is rounded for itself.
+before. Half precision cannot hold such sums: a bfloat16 has eight bits, and what a training adds to each weight is long
+less than half of the last one. There the pair stays beside its weight, ``h = W x + alpha / rank * up (down x)`` (LoRA,
+arXiv 2106.09685, eq. 3): in the output the changes of a row have added up, and no second copy of the weights is needed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The one training loop: gradients, step, average, figures, checkpoint, samples.
 
-A kind of training is a function ``loss(student, batch, generator)``. Everything random in micro batch ``i`` of a step
-is drawn from a generator that is seeded with (seed, step, device, i), and the batches are numbered; so the state is the
-weights, their averages, the optimizer and the step, and a resumed run goes on to the bit.
+A kind of training is a function ``loss(student, batch, generator)``. Batches are numbered throughout a run, and all
+that is random in one is drawn from a generator that is seeded with its number. So the state is the weights, their
+averages, the optimizer and the step; a resumed run goes on to the bit, and two devices do what one does that
+accumulates twice.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _step(run: Run, state: State) -> Tensor:
     with run.around() if run.around is not None else nullcontext():
         for micro in range(options.gradient_accumulation):
             place = (state.step * options.gradient_accumulation + micro) * devices.count + devices.rank
-            generator = generator_for(options.seed, state.step, devices.rank, micro)
+            generator = generator_for(options.seed, place)
             loss = run.loss(state.student, run.data.batch(place, options.batch_size, options.seed), generator)
             loss = loss / options.gradient_accumulation
             state.scaler.scale(loss).backward()
@@ -145,9 +146,9 @@ def _step(run: Run, state: State) -> Tensor:
     return total
 
 
-def generator_for(seed: int, step: int, rank: int, micro: int) -> torch.Generator:
-    """The generator, on the CPU, of everything random in one micro batch."""
-    drawn = np.random.SeedSequence([seed, step, rank, micro]).generate_state(1, np.uint64)[0]
+def generator_for(seed: int, number: int) -> torch.Generator:
+    """The generator, on the CPU, of everything random in the batch of this number."""
+    drawn = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(drawn >> np.uint64(1)))
 
 
