@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 from fourstroke import GenerateRequest
 from fourstroke.cli import app
 from fourstroke.cli.generate import command
+from fourstroke.cli.train import command as of_training
 from fourstroke.families import FAMILIES, KINDS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 
-VERBS = ["generate", "models", "inspect", "info"]
+VERBS = ["generate", "distill", "train lora", "models", "inspect", "info"]
 
 
 def help_of(*words: str) -> str:
@@ -29,12 +30,12 @@ def help_of(*words: str) -> str:
 def test_verbs() -> None:
     text = help_of()
     for verb in VERBS:
-        assert re.search(rf"^\W*{verb}\b", text, flags=re.MULTILINE), verb
+        assert re.search(rf"^\W*{verb.split()[0]}\b", text, flags=re.MULTILINE), verb
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb: str) -> None:
-    text = help_of(verb)
+    text = help_of(*verb.split())
     assert f"fourstroke {verb}" in text.replace("root", "fourstroke") and "--help" in text
     for option in re.findall(r"--[a-z][a-z-]*", text):
         line = next(line for line in text.splitlines() if option in line)
@@ -64,7 +65,8 @@ def options_of_generate() -> set[str]:
 
 def test_options_of_the_page_exist() -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE)) - {"--help"}
-    assert named <= options_of_generate()
+    training = {flag for verb in ("distill", "lora") for parameter in of_training(verb).params for flag in parameter.opts}
+    assert named <= options_of_generate() | training
     tasks = ("image", "strength", "mask", "mask-crop", "control", "adapter", "detect", "no-detect", "ip-image")
     for option in (*tasks, "ip-adapter", "frames", "motion", "windows", "window-length", "fps", "no-lcm", "size"):
         assert f"--{option}" in named, option

@@ -316,3 +316,88 @@ def test_only_the_first_of_several_processes_speaks(monkeypatch: pytest.MonkeyPa
     stream = io.StringIO()
     Show(stream)("training", 1, 1)
     assert stream.getvalue() == ""
+
+
+# docs/training.md and docs/cli.md
+
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def commands(page: str) -> list[str]:
+    """The lines of the page's ``sh`` blocks that begin with ``fourstroke``."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    return [line for line in "\n".join(blocks).splitlines() if line.startswith("fourstroke ")]
+
+
+@pytest.mark.slow
+def test_commands_of_the_page_work_with_the_shipped_model(here: Path) -> None:
+    """One after the other, as a reader would type them; trainings are cut to two steps."""
+    for i, side in enumerate((128, 200, 300)):
+        tiny.picture(i, (side, side)).save(f"pictures/{i}.png")
+    lines = [line for line in commands(PAGE) if " emoji " in line or "generate" in line]
+    assert len(lines) == 4
+    for line in lines:
+        words = shlex.split(line)[1:]
+        if words[0] == "generate":
+            assert run(*words).stdout.strip() == words[-1]
+        else:
+            found = run(*words, "--steps", "2", "--batch-size", "2", "--rank", "2").stdout.strip()
+            assert found == f"{words[-1]}/{LORA}"
+
+
+@pytest.mark.parametrize("line", [line for line in commands(PAGE) if "generate" not in line])
+def test_commands_of_the_page_parse(line: str) -> None:
+    words = shlex.split(line)[1:]
+    verb = words.pop(0) if words[0] == "distill" else words.pop(1)
+    context = command(verb).make_context(verb, [word for word in words if word != "train"])
+    assert context.params["model"] and context.params["output"]
+
+
+def test_options_of_the_page_exist() -> None:
+    flags = {
+        flag
+        for verb in VERBS
+        for parameter in command(verb).params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", PAGE))
+    assert named <= flags | {"--lora"}, named - flags
+
+
+def test_work_of_the_page_is_the_formulas() -> None:
+    """The table follows from the work of a call, by the formula above it."""
+    rows = re.findall(
+        r"^\| (.+?), \d+x\d+ \| ([\d.]+) TFLOP \| ([\d.]+) PFLOP \| ([\d.]+) PFLOP \|", PAGE, re.MULTILINE
+    )
+    assert [name for name, *_ in rows] == ["SD 1.5", "SSD-1B", "SDXL", "emoji"]
+    for name, call, lora, distillation in rows:
+        calls = (3, 6) if name == "emoji" else (2, 5)
+        for told, steps, batch, times in ((lora, 1500, 4, calls[0]), (distillation, 1000, 12, calls[1])):
+            assert float(told) == pytest.approx(steps * batch * times * float(call) / 1000, rel=0.02)
+
+
+def test_work_of_a_call_is_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fourstroke import DiffusionPipeline
+
+    pipe: Any = DiffusionPipeline.from_pretrained("emoji/base")
+    inputs = (torch.zeros(1, 4, 16, 16), torch.tensor([499]), torch.zeros(1, 77, 128))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pipe.unet(*inputs)
+    [told] = re.findall(r"^\| emoji, 128x128 \| ([\d.]+) TFLOP", PAGE, flags=re.MULTILINE)
+    assert counter.get_total_flops() / 1e12 == pytest.approx(float(told), rel=0.01)
+
+
+def test_messages_of_the_page_are_the_librarys() -> None:
+    rows = re.findall(r"^\| ([^|]+) \|", PAGE[PAGE.index("| what happens |") :], flags=re.MULTILINE)
+    source = "".join(path.read_text() for path in (ROOT / "src" / "fourstroke" / "train").glob("*.py"))
+    for said in (
+        "to mend or to remove",
+        "too small for a resolution",
+        "captions are too long",
+        "is not a finite number",
+    ):
+        assert said in source and any(said.removeprefix("captions ") in row for row in rows), said
+    for said in ("is of another training", "holds something else than a training"):
+        assert said in source and any(said in row for row in rows), said
