@@ -65,7 +65,9 @@ def options_of_generate() -> set[str]:
 
 def test_options_of_the_page_exist() -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE)) - {"--help"}
-    training = {flag for verb in ("distill", "lora") for parameter in of_training(verb).params for flag in parameter.opts}
+    training = {
+        flag for verb in ("distill", "lora") for parameter in of_training(verb).params for flag in parameter.opts
+    }
     assert named <= options_of_generate() | training
     tasks = ("image", "strength", "mask", "mask-crop", "control", "adapter", "detect", "no-detect", "ip-image")
     for option in (*tasks, "ip-adapter", "frames", "motion", "windows", "window-length", "fps", "no-lcm", "size"):
