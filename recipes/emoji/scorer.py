@@ -20,16 +20,20 @@ from loop import Run, arguments, optimisers, say, train
 from styles import BASE, STYLES, load_style
 from torch import Tensor, nn
 
-NAME = "scorer-all"
-STEPS = 1500
+NAME = "scorer-four"
+STEPS = 2500
 STYLE_NAMES = (BASE, *STYLES)
 STYLE_SHARES = (0.34, 0.22, 0.22, 0.22)  # of a batch
 STYLE_WEIGHT = 0.3  # of the style's cross-entropy in the loss
 HELD_OUT = 8  # every eighth emoji is kept from the style's head
 SIZE = 64
 FEATURES = 64
-WIDTHS = (32, 64, 128, 192)
-BATCH = 64
+STEM = 32
+WIDTHS = (64, 128, 192)
+STYLE_WIDTH = 64
+LEVELS = 8  # of each of red, green and blue in the palette
+COLOURS = LEVELS**3
+BATCH = 96
 INVERSE_TEMPERATURE = 16.0  # of the cosine classifier
 MARGIN = 0.1
 
@@ -39,24 +43,32 @@ class Scorer(nn.Module):
 
     def __init__(self, count: int):
         super().__init__()
-        layers: list[nn.Module] = []
-        before = 3
+        self.stem = nn.Sequential(nn.Conv2d(3, STEM, 4, padding=1, stride=2), nn.GroupNorm(8, STEM), nn.SiLU())
+        self.stages, before, seen = nn.ModuleList(), STEM, 2 * STEM
         for width in WIDTHS:
-            layers += [
-                nn.Conv2d(before, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU(),
-                nn.Conv2d(width, width, 3, padding=1, stride=2), nn.GroupNorm(8, width), nn.SiLU(),
-            ]  # fmt: skip
-            before = width
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(before * (SIZE >> len(WIDTHS)) ** 2, FEATURES)
-        self.style_head = nn.Linear(before, len(STYLE_NAMES))
+            self.stages.append(nn.Sequential(
+                nn.Conv2d(before, width, 3, padding=1, stride=2), nn.GroupNorm(8, width), nn.SiLU(),
+                nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU(),
+            ))  # fmt: skip
+            before, seen = width, seen + 2 * width
+        self.head = nn.Linear(before * (SIZE // 2 >> len(WIDTHS)) ** 2, FEATURES)
+        self.style_head = nn.Sequential(nn.Linear(seen + COLOURS, STYLE_WIDTH), nn.SiLU(),
+                                        nn.Linear(STYLE_WIDTH, len(STYLE_NAMES)))  # fmt: skip
         self.names = nn.Parameter(torch.randn(count, FEATURES))
 
     def look(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """The unit vectors, and the logits of the styles (B, 4)."""
-        seen = self.body(F.interpolate(pictures, size=(SIZE, SIZE), mode="area"))
+        """The unit vectors, and the logits of the styles (B, 4).
+
+        A style is in how often things occur, not where: its head sees each layer's mean and spread, and the colours.
+        """
+        small = F.interpolate(pictures, size=(SIZE, SIZE), mode="area")
+        seen = self.stem(small)
+        moments = [palette(small), *mean_and_spread(seen)]
+        for stage in self.stages:
+            seen = stage(seen)
+            moments += mean_and_spread(seen)
         vectors = F.normalize(self.head(seen.flatten(1)).float(), dim=-1)
-        return vectors, self.style_head(seen.mean((2, 3))).float()
+        return vectors, self.style_head(torch.cat(moments, 1)).float()
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.look(pictures)[0]
@@ -65,6 +77,21 @@ class Scorer(nn.Module):
         """How many other emoji are nearer to each feature vector than its own, (B,)."""
         likeness = features @ F.normalize(self.names, dim=-1).T
         return (likeness > likeness.gather(1, own[:, None])).sum(1)
+
+
+def mean_and_spread(seen: Tensor) -> list[Tensor]:
+    """Mean and standard deviation of each channel over the picture, (B, C) each."""
+    seen = seen.float()
+    return [seen.mean((2, 3)), (seen.var((2, 3)) + 1e-6).sqrt()]
+
+
+def palette(pictures: Tensor) -> Tensor:
+    """How much of each of COLOURS colours a picture in -1..1 has: (B, COLOURS), the root of its share."""
+    levels = ((pictures.float().clamp(-1, 1) + 1) * (LEVELS / 2)).long().clamp(max=LEVELS - 1)
+    place = (levels[:, 0] * LEVELS + levels[:, 1]) * LEVELS + levels[:, 2]
+    place = place.flatten(1)
+    counts = torch.zeros(len(place), COLOURS).scatter_add_(1, place, torch.ones(place.shape))
+    return (counts / place.shape[1]).sqrt()
 
 
 @dataclass(frozen=True)
@@ -110,8 +137,9 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     coarse = F.interpolate(F.avg_pool2d(made, 2), scale_factor=2, mode="bilinear")
     blur = uniform(-0.5, 1, count, 1, 1, 1, generator=generator).clamp(min=0)
     made = made.lerp(coarse, blur)
-    made = made * uniform(0.8, 1.15, count, 1, 1, 1, generator=generator)
-    made = made + uniform(-0.12, 0.12, count, 3, 1, 1, generator=generator)
+    tinted = torch.rand(count, 1, 1, 1, generator=generator) ** 2  # most a little, some a lot
+    made = made * (1 + tinted * uniform(-0.2, 0.15, count, 1, 1, 1, generator=generator))
+    made = made + tinted * uniform(-0.12, 0.12, count, 3, 1, 1, generator=generator)
     level = uniform(-0.1, 0.2, count, 1, 1, 1, generator=generator).clamp(min=0)
     made = made + level * torch.randn(made.shape, generator=generator)
     patches = torch.rand(count, 1, 4, 4, generator=generator) < 0.06
