@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from data import CACHE, load, save_grid, to_floats
 from latents import Latents
 from loop import say, write
+from measures import edge_f1
 from PIL import Image
 from torch import Tensor
 from train_vae import trained as trained_vae
@@ -53,17 +54,6 @@ def edges(pictures: Tensor) -> Tensor:
 def as_picture(found: Tensor) -> Tensor:
     """Edges as control networks read them: (N, 3, H, W) float32 in 0..1."""
     return found.float()[:, None].expand(-1, 3, -1, -1)
-
-
-def agreement(given: Tensor, made: Tensor) -> float:
-    """Mean F1 of edge maps (N, H, W); an edge counts as met when the other map has one within `TOLERANCE` pixels."""
-
-    def met(some: Tensor, others: Tensor) -> Tensor:
-        near = F.max_pool2d(others.float()[:, None], 2 * TOLERANCE + 1, stride=1, padding=TOLERANCE)[:, 0]
-        return (some * near).sum((1, 2)) / some.sum((1, 2)).clamp(min=1)
-
-    precision, recall = met(made.float(), given), met(given.float(), made)
-    return (2 * precision * recall / (precision + recall).clamp(min=1e-6)).mean().item()
 
 
 @dataclass(frozen=True)
@@ -121,11 +111,11 @@ class Cases:
 
     @torch.no_grad()
     def show(self, title: str, file: str, ways: Sequence[tuple[str, Callable[[], Tensor]]]) -> None:
-        """Paint in several ways (name, function -> latents); print each one's agreement and save all as one sheet."""
+        """Paint in several ways (name, function -> latents); print each one's edge F1 and save all as one sheet."""
         rows, scores = [self.control * 2 - 1], []
         for what, paint in ways:
             made = torch.cat([self.vae.decode(part / self.scaling_factor) for part in paint().float().split(16)])
             rows.append(made)
-            scores.append(f"{what} {agreement(self.edges, edges(made)):.3f}")
+            scores.append(f"{what} {edge_f1(self.edges, edges(made), TOLERANCE).mean():.3f}")
         say(f"{title}: edge F1: {', '.join(scores)}")
         save_grid(torch.cat(rows), CACHE / "samples" / f"{file}.png", columns=16)
