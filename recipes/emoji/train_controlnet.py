@@ -1,4 +1,4 @@
-"""The canny ControlNet of `emoji/base`. ``python recipes/emoji/train_controlnet.py --steps 350``
+"""The canny ControlNet of `emoji/base`. ``python recipes/emoji/train_controlnet.py --steps 320``
 
 A copy of the base's way down without its attention, which reads edges and adds to the base's skip connections; the base
 is frozen. Pictures are strongly moved, and 30 % of the captions are empty, so that the edges alone must tell what is

@@ -1,4 +1,4 @@
-"""The 9-channel inpainting UNet. ``python recipes/emoji/train_inpainting.py --steps 400``
+"""The 9-channel inpainting UNet. ``python recipes/emoji/train_inpainting.py --steps 320``
 
 It starts from `emoji/base` with five more input channels, the mask and the latents of the masked picture, that are not
 read yet, and goes on with denoising. A fifth of the masks cover the whole picture, which keeps it a text-to-image
