@@ -129,7 +129,7 @@ def test_ctrl_c_stops_between_two_steps(model: str, here: Path, number: int, mon
     lines = result.stderr.splitlines()
     assert "note: Stopping after this step; press Ctrl-C again to stop at once." in lines
     assert lines[-2:] == [
-        "note: Stopped after step 1 of 4. The same command goes on from there.",
+        "note: Stopped after step 1 of 4. The same command goes on from the last checkpoint.",
         "error: interrupted",
     ]
     assert signal.getsignal(number) is before

@@ -330,7 +330,7 @@ def _work(context: typer.Context, cls: Any, model: str, offline: bool, output: s
             yield Work(cls, model, output, typed, show)
     except KeyboardInterrupt:
         show.close()
-        note(f"{show.where}The same command goes on from there." if show.where else UNTRAINED)
+        note(f"{show.where}The same command goes on from the last checkpoint." if show.where else UNTRAINED)
         raise
     except FileNotFoundError:
         raise
