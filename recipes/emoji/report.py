@@ -56,7 +56,7 @@ def curves(figures: Figures) -> dict[str, dict[int, float]]:
     """Top-1 by network calls: the LCM-LoRA, and each baseline from the noisiest timestep on, unguided and guided."""
     found: dict[str, dict[int, float]] = {}
     for row in figures["rows"]:
-        family = row["what"].split(f" {row['steps']}")[0]
+        family = row["what"].split(",")[0].rpartition(" ")[0]
         if row["steps"] >= 50 or (family in BASELINES and not row["what"].endswith(", trailing")):
             continue
         name = f"{family}, guidance {row['guidance']:g}" if row["guidance"] > 1 else family
