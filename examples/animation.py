@@ -1,30 +1,25 @@
-"""Three animations by one engine: ``python examples/animation.py VIDEO``.
+"""A motion adapter, a motion LoRA and the LCM-LoRA in five steps: ``python examples/animation.py``."""
 
-A long one from words, painted in windows of frames; a video repainted; and a video whose edges steer new frames.
-"""
-
-import sys
 from pathlib import Path
 
-from fourstroke import Control, Engine, Windows
-from fourstroke.controls import canny
-from fourstroke.utils import export_to_gif, load_video
+import torch
+
+from fourstroke import AnimateDiffPipeline, LCMScheduler, MotionAdapter
+from fourstroke.utils import export_to_gif, make_image_grid
 
 FOLDER = Path("out")
-STYLE = "best quality, a fox in the snow"
+MIXES = {"moving": [1.0, 0.0], "zooming": [1.0, 1.0]}
 
-video = load_video(sys.argv[1])[:16]
-engine = Engine(
-    "frankjoshua/toonyou_beta6",
-    loras=["guoyww/animatediff-motion-lora-zoom-in/diffusion_pytorch_model.safetensors:0.8"],
-    motion="diffusers/animatediff-motion-adapter-v1-5",
-)
-edges = Control([canny(frame) for frame in video], scale=0.8, model="lllyasviel/sd-controlnet-canny")
-animations = {
-    "long": engine.generate(STYLE, num_frames=32, windows=Windows(length=16, stride=8), seed=0),
-    "repainted": engine.generate(STYLE, image=video, strength=0.6, num_frames=len(video), seed=0),
-    "steered": engine.generate(STYLE, controls=[edges], num_frames=len(video), seed=0),
-}
+adapter = MotionAdapter.from_pretrained("emoji/motion-adapter")
+pipe = AnimateDiffPipeline.from_pretrained("emoji/base", motion_adapter=adapter)
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+pipe.load_lora_weights("emoji/lcm-lora", adapter_name="lcm")
+pipe.load_lora_weights("emoji/zoom-in-lora", adapter_name="zoom-in")
+
 FOLDER.mkdir(exist_ok=True)
-for name, animation in animations.items():
-    print(Path(export_to_gif(animation.images[0], str(FOLDER / f"{name}.gif"), fps=8)).resolve())
+for name, weights in MIXES.items():
+    pipe.set_adapters(["lcm", "zoom-in"], weights)
+    made = pipe("a red fox", num_frames=8, num_inference_steps=5, guidance_scale=1.0, generator=torch.manual_seed(0))
+    frames = made.frames[0]
+    print(Path(export_to_gif(frames, str(FOLDER / f"{name}.gif"), fps=8)).resolve())
+    make_image_grid(frames, rows=1, cols=len(frames)).save(FOLDER / f"{name}.png")

@@ -1,31 +1,31 @@
-"""An inpainted, controlled, styled SDXL picture in one request: ``python examples/everything_at_once.py PHOTO MASK``.
+"""An inpainted, edge-guided picture in two LoRAs by one request: ``python examples/everything_at_once.py``.
 
-The photo's edges steer the white part of the mask through a T2I-Adapter, in a style LoRA, in four steps: the LCM-LoRA
-of the family is added by itself.
+The white part of the mask is painted anew along the edges of the picture in it, as flat art, in four steps: the
+LCM-LoRA of the family is added by itself.
 """
 
-import sys
 from pathlib import Path
+
+from PIL import Image
 
 from fourstroke import Control, Engine
 from fourstroke.controls import canny
-from fourstroke.utils import load_image
+from fourstroke.utils import make_image_grid
 
 OUTPUT = Path("out/everything_at_once.png")
 
-photo, mask = load_image(sys.argv[1]), load_image(sys.argv[2])
-engine = Engine(
-    "stabilityai/stable-diffusion-xl-base-1.0",
-    loras=["TheLastBen/Papercut_SDXL/papercut.safetensors:0.8"],
-    variant="fp16",
-)
-result = engine.generate(
-    "papercut, a cute fox",
-    image=photo,
+engine = Engine("emoji", loras=["emoji/flat-lora:0.8"])
+heart = engine.generate("a red heart", seed=0).images[0]
+mask = Image.new("L", heart.size)
+mask.paste(255, (heart.width // 2, 0, heart.width, heart.height))
+half = engine.generate(
+    "a blue heart",
+    image=heart,
     mask_image=mask,
-    adapters=[Control(canny(photo), scale=0.8, model="TencentARC/t2i-adapter-canny-sdxl-1.0")],
+    controls=[Control(canny(heart), scale=0.8, model="canny")],
     seed=0,
-)
+).images[0]
+
 OUTPUT.parent.mkdir(exist_ok=True)
-result.images[0].save(OUTPUT)
+make_image_grid([heart, mask.convert("RGB"), half], rows=1, cols=3).save(OUTPUT)
 print(OUTPUT.resolve())

@@ -1,19 +1,28 @@
-"""The masked half of a picture painted anew: ``python examples/inpainting.py``, offline, with the shipped model."""
+"""A part of a picture painted anew by an inpainting model and the LCM-LoRA: ``python examples/inpainting.py``."""
 
 from pathlib import Path
 
+import torch
 from PIL import Image
 
-from fourstroke import Engine
+from fourstroke import AutoPipelineForInpainting, DiffusionPipeline, LCMScheduler
 from fourstroke.utils import make_image_grid
 
 OUTPUT = Path("out/inpainting.png")
 
-engine = Engine("emoji")
-picture = engine.generate("a cat face", seed=1).images[0]
+base = DiffusionPipeline.from_pretrained("emoji/base")
+base.scheduler = LCMScheduler.from_config(base.scheduler.config)
+base.load_lora_weights("emoji/lcm-lora")
+picture = base("a cat face", num_inference_steps=4, guidance_scale=1.0, generator=torch.manual_seed(1)).images[0]
 mask = Image.new("L", picture.size)
 mask.paste(255, (0, 0, picture.width, picture.height // 2))
-painted = engine.generate("a lion", image=picture, mask_image=mask, seed=0).images[0]
+
+pipe = AutoPipelineForInpainting.from_pretrained("emoji/inpainting")
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+pipe.load_lora_weights("emoji/lcm-lora")
+painted = pipe(
+    "a lion", image=picture, mask_image=mask, num_inference_steps=4, guidance_scale=1.0, generator=torch.manual_seed(0)
+).images[0]
 
 OUTPUT.parent.mkdir(exist_ok=True)
 make_image_grid([picture, mask.convert("RGB"), painted], rows=1, cols=3).save(OUTPUT)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import PACKAGES, load
-from styles import STYLES, load_style
+from styles import BLOB, load_style
 
 RECIPE = Path(__file__).parent
 ZOO = RECIPE.parents[1] / "src" / "fourstroke" / "zoo" / "emoji"
 TEMPLATE = """---
-license: {licence}
+license: apache-2.0
 tags: [fourstroke, emoji, {tags}]
 ---
 
@@ -35,7 +35,6 @@ tags: [fourstroke, emoji, {tags}]
 {figures}"""
 LIMITS = "it knows emoji, one on a white ground, by names close to their own. It does not compose scenes."
 APACHE = "Apache-2.0, as the pictures. `NOTICE` in `emoji/base` holds the attributions."
-MIT = "MIT, as the pictures. `NOTICE` in `emoji/base` holds the attributions and the licence's text."
 LCM = """pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 pipe.load_lora_weights("emoji/{lora}lcm-lora", adapter_name="lcm")
 """
@@ -93,7 +92,7 @@ CARDS = {
         SD.format(base="blob") + PAINT, "`train_blob.py`", "blob", "blob",
     ),
     "flat-lora": Card(
-        "lora, style", "A style LoRA for `emoji/base`: flat shapes. Combine it with `emoji/lcm-lora`.",
+        "lora, style", "A style LoRA for `emoji/base`: flat poster colours on cream. Combine it with `emoji/lcm-lora`.",
         SD.format(base="base") + 'pipe.load_lora_weights("emoji/flat-lora", adapter_name="flat")\n'
         'pipe.set_adapters(["lcm", "flat"], adapter_weights=[1.0, 0.8])\n' + PAINT,
         "`fourstroke train lora emoji/base`", "styles", "flat",
@@ -149,12 +148,12 @@ CARDS = {
 
 def data_of(style: str) -> str:
     """The pictures that were trained on, and whose they are."""
-    packages = {**PACKAGES, **STYLES}
-    owner = "Fluent Emoji (MIT, Microsoft" if style in ("flat", "line") else "Noto Emoji (Apache-2.0, Google"
+    package = BLOB if style == "blob" else PACKAGES["noto"]
+    filtered = {"flat": ", in poster colours (`styles.py`)", "line": ", as ink outlines (`styles.py`)"}.get(style, "")
     return (
-        f"{len(load_style(style)[0])} pictures of {owner}; npm `{packages[style]}`), drawn at 128x128 on white; "
-        "captions from the names, keywords and shortcodes of emojibase (MIT, Miles Johnson; npm "
-        f"`{packages['emojibase']}`). No flags, skin tones or keycaps."
+        f"{len(load_style(style)[0])} pictures of Noto Emoji (Apache-2.0, Google; npm `{package}`), drawn at 128x128 "
+        f"on white{filtered}; captions from the names, keywords and shortcodes of emojibase (MIT, Miles Johnson; npm "
+        f"`{PACKAGES['emojibase']}`). No flags, skin tones or keycaps."
     )
 
 
@@ -178,10 +177,8 @@ def write_cards() -> None:
     for name, card in CARDS.items():
         if not (ZOO / name).is_dir():
             continue
-        mit = card.style in ("flat", "line")
         text = TEMPLATE.format(
             name=name, tags=card.tags, text=card.text, usage=card.usage, command=card.command, limits=LIMITS,
-            data=data_of(card.style), licence="mit" if mit else "apache-2.0", licence_text=MIT if mit else APACHE,
-            figures=figures_of(card.section),
+            data=data_of(card.style), licence_text=APACHE, figures=figures_of(card.section),
         )  # fmt: skip
         (ZOO / name / "README.md").write_text(text)

@@ -1,21 +1,24 @@
 """Moving pictures for the motion adapter and its LoRAs: emoji that bounce, sway, spin, turn, pulse, blink or drift.
 
-A motion is a function from a random generator to `Poses`: where, how large, how turned and how faint a picture is
-drawn in each of 16 frames. Latents of the clips are computed once with the frozen encoder and kept in ``.cache/train``.
+A motion is a function that gives `Poses`: where, how large, how turned and how faint a picture is drawn in each of 16
+frames. Latents of the clips are computed once with the frozen encoder and kept in ``.cache/train``.
 
-Captions stay those of the picture. "bouncing" and its like occur in no caption that the text encoder was trained on, so
-they would be spelled in pieces that mean nothing to it: the adapter draws motions at random, and the LoRAs choose.
+Every emoji has one motion, that of its kind, and always begins at rest: faces bounce, plants and animals sway, food
+pulses. Captions do not name it, as the text encoder was trained on no such word. If motions were drawn at random, the
+likeliest picture at the noisiest timesteps, from which few steps begin, would be the mean of all: one that stands
+still.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from data import CACHE, load, to_floats
+from data import CACHE, PACKAGES, fetch, load, to_floats
 from latents import cached
 from loop import say, write
 from torch import Tensor
@@ -55,7 +58,7 @@ class Poses:
         return torch.cat([back, offset[:, :, None]], -1)
 
 
-Motion = Callable[[torch.Generator], Poses]
+Motion = Callable[[], Poses]
 
 
 def still(size: float = ROOM, base: float = 0.0) -> Poses:
@@ -66,79 +69,60 @@ def still(size: float = ROOM, base: float = 0.0) -> Poses:
     )  # fmt: skip
 
 
-def between(low: float, high: float, generator: torch.Generator) -> float:
-    """A uniform random number."""
-    return low + (high - low) * torch.rand((), generator=generator).item()
+def angles() -> Tensor:
+    """Two turns in 16 frames, (16,) radians: eight frames, too, end where they began."""
+    return 4 * math.pi * torch.arange(LENGTH) / LENGTH
 
 
-def sign(generator: torch.Generator) -> int:
-    """-1 or 1."""
-    return 2 * int(torch.randint(2, (), generator=generator)) - 1
-
-
-def angles(generator: torch.Generator) -> Tensor:
-    """One turn or two in 16 frames from a random start, (16,) radians: the clip ends where it began."""
-    turns = 1 + int(torch.randint(2, (), generator=generator))
-    return 2 * math.pi * (turns * torch.arange(LENGTH) / LENGTH + between(0, 1, generator))
-
-
-def bounce(generator: torch.Generator) -> Poses:
+def bounce() -> Poses:
     """Up and down as |sin|, squashed when it meets the ground; the area stays."""
-    pose, rise = still(base=BASE), (angles(generator) / 2).sin().abs()
-    squash = 1 - between(0.1, 0.2, generator) * (1 - rise) ** 3
-    up = torch.stack([torch.zeros(LENGTH), -between(0.2, 0.4, generator) * rise], -1)
-    return replace(pose, size=ROOM * torch.stack([1 / squash, squash], -1), shift=up)
+    rise = (angles() / 2).sin().abs()
+    squash = 1 - 0.15 * (1 - rise) ** 3
+    up = torch.stack([torch.zeros(LENGTH), -0.3 * rise], -1)
+    return replace(still(base=BASE), size=ROOM * torch.stack([1 / squash, squash], -1), shift=up)
 
 
-def sway(generator: torch.Generator) -> Poses:
-    """To the left and to the right about its base."""
-    return replace(still(base=BASE), angle=between(0.15, 0.35, generator) * angles(generator).sin())
+def sway() -> Poses:
+    """To the right and to the left about its base."""
+    return replace(still(base=BASE), angle=0.25 * angles().sin())
 
 
-def spin(generator: torch.Generator) -> Poses:
-    """Round about its centre, either way."""
-    return replace(still(), angle=sign(generator) * angles(generator))
+def spin() -> Poses:
+    """Round about its centre, clockwise."""
+    return replace(still(), angle=angles())
 
 
-def turn(generator: torch.Generator) -> Poses:
+def turn() -> Poses:
     """Round about its upright axis like a card; its back is its mirror image."""
-    width = angles(generator).cos()
+    width = angles().cos()
     width = torch.where(width < 0, width.clamp(max=-THIN), width.clamp(min=THIN))
     return replace(still(), size=ROOM * torch.stack([width, torch.ones(LENGTH)], -1))
 
 
-def pulse(generator: torch.Generator) -> Poses:
+def pulse() -> Poses:
     """Larger and smaller."""
-    size = ROOM * (1 + between(0.08, 0.18, generator) * angles(generator).sin())
+    size = ROOM * (1 + 0.15 * angles().sin())
     return replace(still(), size=size[:, None].expand(-1, 2))
 
 
-def blink(generator: torch.Generator) -> Poses:
+def blink() -> Poses:
     """Fainter and back, as a lamp; where faces have their eyes is not known."""
-    return replace(still(), ink=1 - between(0.6, 0.8, generator) * angles(generator).sin().clamp(min=0) ** 2)
+    return replace(still(), ink=1 - 0.7 * angles().sin().clamp(min=0) ** 2)
 
 
-def drift(generator: torch.Generator) -> Poses:
-    """Straight on in any direction, through the centre at the middle of the clip."""
-    way, speed = between(0, 2 * math.pi, generator), between(0.02, 0.05, generator)
-    steps = speed * (torch.arange(LENGTH) - (LENGTH - 1) / 2)
-    return replace(still(), shift=steps[:, None] * torch.tensor([math.cos(way), math.sin(way)]))
+def drift() -> Poses:
+    """To the left and back to the right, ahead and behind."""
+    shift = torch.stack([-0.2 * angles().sin(), torch.zeros(LENGTH)], -1)
+    return replace(still(), shift=shift)
 
 
-def zoom(generator: torch.Generator) -> Poses:
-    """The camera comes nearer or goes away, at a steady rate."""
-    rate = sign(generator) * between(0.02, ZOOM_RATE, generator)
-    size = ROOM * (rate * (torch.arange(LENGTH) - (LENGTH - 1) / 2)).exp()
-    return replace(still(), size=size[:, None].expand(-1, 2))
-
-
-def zoom_in(generator: torch.Generator) -> Poses:
+def zoom_in() -> Poses:
     """The camera comes nearer, in every clip alike."""
     size = ZOOM_FROM * (ZOOM_RATE * torch.arange(LENGTH)).exp()
     return replace(still(), size=size[:, None].expand(-1, 2))
 
 
-def pan_left(generator: torch.Generator) -> Poses:
+def pan_left() -> Poses:
     """The camera turns to the left, so that what it sees moves to the right, in every clip alike."""
     steps = PAN_RATE * (torch.arange(LENGTH) - (LENGTH - 1) / 2)
     return replace(still(), shift=torch.stack([steps, torch.zeros(LENGTH)], -1))
@@ -146,7 +130,10 @@ def pan_left(generator: torch.Generator) -> Poses:
 
 MOTIONS: Mapping[str, Motion] = {
     "bounce": bounce, "sway": sway, "spin": spin, "turn": turn, "pulse": pulse, "blink": blink, "drift": drift,
-    "zoom": zoom,
+}  # fmt: skip
+# emojibase's group -> how its things move: faces, people, nature, food, travel, activities, objects, symbols
+HABITS: Mapping[int, str] = {
+    0: "bounce", 1: "sway", 3: "sway", 4: "pulse", 5: "drift", 6: "spin", 7: "turn", 8: "blink",
 }  # fmt: skip
 CAMERA: Mapping[str, Motion] = {"zoom-in": zoom_in, "pan-left": pan_left}
 
@@ -166,38 +153,42 @@ class Clips:
     latents: Tensor
     pictures: Tensor
 
-    def draw(self, count: int, frames: int, generator: torch.Generator, from_start: bool) -> tuple[Tensor, Tensor]:
-        """``count`` stretches of ``frames`` frames (count, frames, 4, 16, 16), and their pictures (count,).
-
-        A stretch begins with its clip, or at a random frame of it.
-        """
+    def draw(self, count: int, frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The first ``frames`` frames of ``count`` clips (count, frames, 4, 16, 16), and their pictures (count,)."""
         chosen = torch.randint(len(self.latents), (count,), generator=generator)
-        starts = torch.randint(1 if from_start else LENGTH - frames + 1, (count,), generator=generator)
-        found = [self.latents[clip, start : start + frames] for clip, start in zip(chosen, starts, strict=True)]
-        return torch.stack(found).float(), self.pictures[chosen]
+        return self.latents[chosen, :frames].float(), self.pictures[chosen]
+
+
+def habits() -> list[Motion]:
+    """The motion of each picture of the base's list."""
+    entries = json.loads((fetch(PACKAGES["emojibase"], CACHE / "npm") / "en/data.json").read_text())
+    groups = {entry["hexcode"]: entry.get("group") for entry in entries}
+    return [MOTIONS[HABITS[groups[emoji.hexcode]]] for emoji in load()[1]]
 
 
 @torch.no_grad()
-def compute(motions: Mapping[str, Motion], count: int, seed: int = 0) -> Clips:
-    """Draw and encode ``count`` clips of pictures at random, the motions in turn."""
+def compute(motions: Sequence[Motion], count: int, seed: int = 0) -> Clips:
+    """Draw and encode ``count`` clips of pictures at random, each in its motion."""
     vae, factor, pictures = trained(), cached().scaling_factor, load()[0]
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(pictures), generator=generator)[:count]
-    moves = list(motions.values())
+    chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[:count]
     found = []
-    for index, picture in enumerate(to_floats(pictures[chosen])):
-        frames = drawn(picture, moves[index % len(moves)](generator))
+    for index in chosen.tolist():
+        frames = drawn(to_floats(pictures[index]), motions[index]())
         with torch.autocast("cpu", torch.bfloat16):
             found.append((vae.encode(frames).mean.float() * factor).half())
-        if index % 100 == 99:
-            say(f"clips: {index + 1}/{count}")
+        if len(found) % 100 == 0:
+            say(f"clips: {len(found)}/{count}")
     return Clips(torch.stack(found), chosen)
 
 
-def clips(name: str, motions: Mapping[str, Motion], count: int) -> Clips:
-    """The clips from ``.cache/train/<name>-latents.pt``, computed first when they are missing."""
+def clips(name: str, count: int) -> Clips:
+    """The clips from ``.cache/train/<name>-latents.pt``, computed first when they are missing.
+
+    ``name`` is one of CAMERA, or ``motion``: every emoji in its own.
+    """
     path = CACHE / "train" / f"{name}-latents.pt"
     if not path.exists():
+        motions = [CAMERA[name]] * len(load()[1]) if name in CAMERA else habits()
         found = compute(motions, count)
         write(path, {"latents": found.latents, "pictures": found.pictures})
     return Clips(**torch.load(path, weights_only=True))

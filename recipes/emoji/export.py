@@ -26,7 +26,7 @@ from distill_lcm import ALPHA, GUIDANCE, Student, trained_networks
 from folders import write_model, write_pipeline, write_text_encoder
 from latents import cached
 from loop import say
-from styles import STYLES
+from styles import BLOB
 from tokenizer import MAX_LENGTH, Tokenizer
 from train_text import tokenizer_of_ours
 from train_tiny_vae import CONFIG as TINY_CONFIG
@@ -42,9 +42,6 @@ NOTICE = """The pictures that these networks were trained on:
 
 Noto Emoji, today's and the older blobs, Copyright Google LLC, licensed under the Apache License, Version 2.0
 (https://www.apache.org/licenses/LICENSE-2.0), taken from the npm packages {noto} and {blob}.
-
-Fluent Emoji, flat and high contrast, Copyright Microsoft Corporation, licensed under the MIT License (its text is that
-below, under this copyright), taken from the npm packages {flat} and {line}.
 
 The captions are made of the names, keywords and shortcodes in the npm package {emojibase}:
 
@@ -63,7 +60,7 @@ def export_base(folder: Path) -> None:
     check_tokenizer(folder / "tokenizer")
     write_pipeline(folder, "StableDiffusionPipeline", {}, requires_safety_checker=False)
     licence = next((CACHE / "npm").glob("emojibase-data*/package/LICENSE")).read_text()
-    (folder / "NOTICE").write_text(NOTICE.format(**PACKAGES, **STYLES, licence=licence))
+    (folder / "NOTICE").write_text(NOTICE.format(**PACKAGES, blob=BLOB, licence=licence))
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from clips import LENGTH, MOTIONS, drawn, pan_left, zoom_in
+from clips import LENGTH, drawn, habits, pan_left, zoom_in
 from conditions import as_picture, edges, moved
 from data import Emoji, load, to_floats
 from loop import say
@@ -260,8 +260,7 @@ def motion(context: Context) -> Row:
     adapter = MotionAdapter.from_pretrained("emoji/motion-adapter")
     painter = Painter(AnimateDiffPipeline.from_pretrained("emoji/base", motion_adapter=adapter))
     plain, way = Painter(StableDiffusionPipeline.from_pretrained("emoji/base")), lcm(VIDEO_STEPS)
-    generator, moves = torch.Generator().manual_seed(7), list(MOTIONS.values())
-    pictures = context.pictures[chosen]
+    moves, pictures = habits(), context.pictures[chosen]
 
     def animated(*loras: str) -> Tensor:
         chosen_way = way
@@ -270,9 +269,9 @@ def motion(context: Context) -> Row:
         return painter.paint(names, chosen_way, batch=2, num_frames=LENGTH)
 
     sets = {
-        "drawn, all motions": torch.stack([drawn(p, moves[i % len(moves)](generator)) for i, p in enumerate(pictures)]),
-        "drawn, zoom-in": torch.stack([drawn(p, zoom_in(generator)) for p in pictures]),
-        "drawn, pan-left": torch.stack([drawn(p, pan_left(generator)) for p in pictures]),
+        "drawn, all motions": torch.stack([drawn(p, moves[i]()) for i, p in zip(chosen, pictures, strict=True)]),
+        "drawn, zoom-in": torch.stack([drawn(p, zoom_in()) for p in pictures]),
+        "drawn, pan-left": torch.stack([drawn(p, pan_left()) for p in pictures]),
         "frames one by one": plain.paint([n for n in names for _ in range(LENGTH)], way).unflatten(0, (-1, LENGTH)),
         "animation": animated(), "animation, zoom-in LoRA": animated("emoji/zoom-in-lora"),
         "animation, pan-left LoRA": animated("emoji/pan-left-lora"),

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from clips import LENGTH, MOTIONS, Clips, clips
+from clips import LENGTH, Clips, clips
 from data import CACHE, load, save_grid
 from distill_lcm import Student, trained_networks
 from folders import write_model
@@ -43,7 +43,7 @@ CONFIG = {
     "motion_transformer_layers_per_block": 1, "motion_num_attention_heads": 4,
     "motion_norm_num_groups": BASE["norm_num_groups"], "motion_max_seq_length": LENGTH, "use_motion_mid_block": False,
 }  # fmt: skip
-CLIPS = 480
+CLIPS = 800
 BATCH = 48  # frames: 6 videos of 8, or 3 of 16
 SHORT = 8
 WHOLE = 0.3  # the part of steps whose videos have all 16 frames
@@ -82,7 +82,7 @@ def velocity_error(predicted: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
 
 
 def motion_loss(
-    denoise: Callable[[], Denoiser], encoder: CLIPTextModel, moving: Clips, captions: Captions, from_start: bool = False
+    denoise: Callable[[], Denoiser], encoder: CLIPTextModel, moving: Clips, captions: Captions
 ) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
     """The loss of a step; ``noisy`` is its part at t >= 700. ``denoise`` gives the step's denoiser."""
     alphas = alphas_cumprod()
@@ -90,7 +90,7 @@ def motion_loss(
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         frames = LENGTH if torch.rand((), generator=generator) < WHOLE else SHORT
         videos = BATCH // frames
-        clean, pictures = moving.draw(videos, frames, generator, from_start)
+        clean, pictures = moving.draw(videos, frames, generator)
         ids = captions.draw(pictures, generator)
         ids[torch.rand(videos, generator=generator) < EMPTY] = captions.empty
         timesteps = (1000 * torch.rand(videos, generator=generator) ** NOISIER).long().clamp(max=999)
@@ -173,7 +173,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     emojis = load()[1]
     tokenizer = tokenizer_of_ours(emojis)
-    moving = clips("motion", MOTIONS, CLIPS)
+    moving = clips("motion", CLIPS)
     unet, encoder, adapter = moving_networks()
     sheet = MotionSheet(unet, encoder, tokenizer, "motion")
     run = Run(

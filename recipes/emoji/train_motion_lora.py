@@ -126,7 +126,7 @@ def main() -> None:
     name = options.motion
     emojis = load()[1]
     tokenizer = tokenizer_of_ours(emojis)
-    moving = clips(name, {name: CAMERA[name]}, CLIPS)
+    moving = clips(name, CLIPS)
     unet, encoder, _ = trained_motion()
     student = MotionPairs(unet, options.seed)
     sheet = LoraSheet(unet, encoder, tokenizer, name)
@@ -142,7 +142,7 @@ def main() -> None:
             unet, weights, (sample, timesteps, text), {"frames": frames}
         )
 
-    loss = motion_loss(denoiser, encoder, moving, Captions(emojis, tokenizer, MAX_LENGTH), from_start=True)
+    loss = motion_loss(denoiser, encoder, moving, Captions(emojis, tokenizer, MAX_LENGTH))
     optimizer = torch.optim.AdamW(student.parameters(), options.rate, betas=(0.9, 0.99), weight_decay=0.0)
     averages = train(run, {"pairs": student}, [optimizer], loss)
     with use({"pairs": student}, averages):

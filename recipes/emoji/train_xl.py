@@ -143,7 +143,7 @@ def pruned(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reading(first: CLIPTextModel, captions: Captions) -> Tensor:
-    """The matrix (128, 128) that best turns the last but one states into the last ones, which the base was trained on."""
+    """The matrix (128, 128) that best turns the last but one states into the last, which the base was trained on."""
     ids = captions.ids[:, 0][::4]
     output = first(ids)
     known, wanted = output.hidden_states[-2].flatten(0, 1).double(), output.last_hidden_state.flatten(0, 1).double()
@@ -155,7 +155,7 @@ def reading(first: CLIPTextModel, captions: Captions) -> Tensor:
 
 @torch.no_grad()
 def warm_start(unet: UNet2DConditionModel, base: UNet2DConditionModel, read: Tensor) -> None:
-    """Fill ``unet`` from the base: pruned where the shapes differ, the second encoder unread, new layers adding zero."""
+    """Fill ``unet`` from the base: pruned where shapes differ, the second encoder unread, new layers adding zero."""
     old = base.state_dict()
     for name, weight in unet.named_parameters():
         if name not in old:

@@ -73,12 +73,11 @@ def test_ink_fades_towards_white(recipe: dict[str, ModuleType]) -> None:
     assert frames[:, :, 0, 0].eq(1).all()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_every_motion_moves_and_stays_in_the_picture(recipe: dict[str, ModuleType], seed: int) -> None:
+def test_every_motion_moves_and_stays_in_the_picture(recipe: dict[str, ModuleType]) -> None:
     clips = recipe["clips"]
     picture = torch.minimum(dot(x=0.0, radius=0.5), dot(x=0.5, y=-0.3, radius=0.2))
     for motion in {**clips.MOTIONS, **clips.CAMERA}.values():
-        frames = clips.drawn(picture, motion(torch.Generator().manual_seed(seed)))
+        frames = clips.drawn(picture, motion())
         assert frames.shape == (16, 3, 64, 64) and frames.abs().max() <= 1
         assert frames.diff(dim=0).abs().amax((1, 2, 3)).max() > 0.1
         assert (frames < 0.75).flatten(1).any(1).all()
@@ -86,11 +85,10 @@ def test_every_motion_moves_and_stays_in_the_picture(recipe: dict[str, ModuleTyp
 
 def test_the_cameras_motions_are_measured_as_what_they_are(recipe: dict[str, ModuleType]) -> None:
     clips, measures = recipe["clips"], recipe["train_motion_lora"]
-    generator = torch.Generator()
-    zoomed = clips.drawn(dot(128, radius=0.4), clips.zoom_in(generator))[None, :8]
+    zoomed = clips.drawn(dot(128, radius=0.4), clips.zoom_in())[None, :8]
     assert measures.growth(zoomed) == pytest.approx(math.exp(7 * clips.ZOOM_RATE), rel=0.03)
     assert measures.pan(zoomed) == pytest.approx(0, abs=0.005)
-    panned = clips.drawn(dot(128, radius=0.4), clips.pan_left(generator))[None, :8]
+    panned = clips.drawn(dot(128, radius=0.4), clips.pan_left())[None, :8]
     assert measures.pan(panned) == pytest.approx(7 * clips.PAN_RATE / 2, abs=0.005)  # to the right: the camera's left
     assert measures.growth(panned) == pytest.approx(1, rel=0.01)
 
@@ -115,17 +113,15 @@ def test_the_velocitys_error_follows_from_the_noises(recipe: dict[str, ModuleTyp
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_stretch_of_a_clip_is_whole_and_its_own(recipe: dict[str, ModuleType]) -> None:
+def test_the_beginning_of_a_clip_is_whole_and_its_own(recipe: dict[str, ModuleType]) -> None:
     clips = recipe["clips"]
     numbers = torch.arange(5 * 16).view(5, 16, 1, 1, 1).expand(-1, -1, 4, 16, 16).half()
     moving = clips.Clips(numbers, torch.tensor([7, 3, 9, 1, 4]))
-    for from_start in (True, False):
-        found, pictures = moving.draw(40, 8, torch.Generator().manual_seed(0), from_start)
-        first = found[:, :, 0, 0, 0]
-        assert found.shape == (40, 8, 4, 16, 16) and first.diff(dim=1).eq(1).all()
-        assert torch.equal(pictures, moving.pictures[(first[:, 0] // 16).long()])
-        assert first[:, 0].remainder(16).eq(0).all() == from_start
-    assert torch.equal(moving.draw(2, 16, torch.Generator(), False)[0][:, 0, 0, 0, 0] % 16, torch.zeros(2))
+    found, pictures = moving.draw(40, 8, torch.Generator().manual_seed(0))
+    first = found[:, :, 0, 0, 0]
+    assert found.shape == (40, 8, 4, 16, 16) and first.diff(dim=1).eq(1).all()
+    assert torch.equal(pictures, moving.pictures[(first[:, 0] // 16).long()])
+    assert first[:, 0].remainder(16).eq(0).all()
 
 
 def test_the_loras_pairs_are_the_motion_modules_attention_alone(recipe: dict[str, ModuleType]) -> None:
