@@ -1,9 +1,9 @@
-"""The 9-channel inpainting UNet. ``python recipes/emoji/train_inpainting.py --steps 320``
+"""The 9-channel inpainting UNet. ``python recipes/emoji/train_inpainting.py --steps 300``
 
-It starts from `emoji/base` with five more input channels, the mask and the latents of the masked picture, that are not
-read yet, and goes on with denoising. A fifth of the masks cover the whole picture, which keeps it a text-to-image
-model; others take a part out of the picture that the caption names; most put a part of another picture there, and the
-caption names that one. All latents are encoded before the first step.
+It starts from `emoji/base` with five more input channels, the mask and the latents of the masked picture, whose weights
+make the known part look denoised already (see `widened`), and goes on with denoising. A fifth of the masks cover the
+whole picture, which keeps it a text-to-image model; others take a part out of the picture that the caption names; most
+put a part of another picture there, and the caption names that one. All latents are encoded before the first step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from distill_lcm import Student, trained_networks
 from folders import write_model
 from latents import cached
 from loop import Muon, Run, arguments, say, train, use, write
+from measures import psnr
 from PIL import Image, ImageDraw
 from sampling import consistency, ddim
 from scorer import NAME as SCORER
@@ -32,7 +33,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_text import Captions, tokenizer_of_ours
 from train_unet import CONFIG as BASE
-from train_unet import EMPTY, PROMPTS, Sheet, alphas_cumprod, draw_timesteps, min_snr_weight
+from train_unet import EMPTY, PROMPTS, Sheet, alphas_cumprod, min_snr_weight
 from train_vae import trained as trained_vae
 
 from fourstroke.lora.layers import effective_weights
@@ -45,8 +46,10 @@ CUT, MIXED = 2, 4  # examples a picture: parts of it cut out; parts of it set in
 LARGE = 0.7  # of those set into another picture, how many show a large part of it
 WHOLE, OWN = 0.2, 0.2  # how often everything is masked, and how often a part of the picture itself
 BATCH = 32
-KNOWN = 0.3  # weight of the error outside the mask, where the answer is given
-NEW_INPUTS_RATE = 5.0  # the first convolution learns faster, for most of its inputs are new
+HINT = 0.5  # how strongly the known part is told at first
+NEW_INPUTS_RATE = 3.0  # the first convolution learns faster, for most of its inputs are new
+NOISIER = 0.5  # timestep = 1000 u^0.5
+MOST = 10.0  # the largest weight of a noisy timestep
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -200,11 +203,19 @@ def examples(factor: float) -> Examples:
     return Examples(**torch.load(path, weights_only=True))
 
 
-def widened(base: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The base with nine input channels, of which the last five are not read yet."""
+@torch.no_grad()
+def widened(base: UNet2DConditionModel, grey: Tensor) -> UNet2DConditionModel:
+    """The base with nine input channels, which hears of the known part from the start.
+
+    The base takes what it cannot explain for noise. So the known latents, read with its own weights times ``-HINT``,
+    lower the noise that it predicts by a part of them, and raise the picture by it. The mask's weights undo that where
+    the picture is masked, whose latents are nearly the mean of ``grey`` (4, 16, 16).
+    """
     unet = UNet2DConditionModel.from_config(CONFIG)
     weights = dict(base.state_dict())
-    weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, 5))
+    own = weights["conv_in.weight"]
+    mask = HINT * (own * grey.mean((1, 2))[:, None, None]).sum(1, keepdim=True)
+    weights["conv_in.weight"] = torch.cat([own, mask, -HINT * own], 1)
     unet.load_state_dict(weights)
     return unet
 
@@ -212,15 +223,20 @@ def widened(base: UNet2DConditionModel) -> UNet2DConditionModel:
 def inpainting_loss(
     unet: nn.Module, text_encoder: nn.Module, plain: Tensor, found: Examples, captions: Captions
 ) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
-    """The loss of a step; ``inside`` is the error where the mask is, ``noisy`` that at t >= 700."""
+    """The loss of a step; ``inside`` is the noise's error where the mask is, ``outside`` the rest's.
+
+    Where there is more noise than signal, the weight is that of the picture's error, at most `MOST`: the known part
+    must be told there, and in the noise's error it hardly shows.
+    """
     alphas = alphas_cumprod()
+    weights = min_snr_weight(alphas) * ((1 - alphas) / alphas).clamp(1, MOST)
 
     def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(plain), (BATCH,), generator=generator)
         clean, mask, masked = found.draw(chosen, plain, generator)
         ids = captions.draw(chosen, generator)
         ids[torch.rand(BATCH, generator=generator) < EMPTY] = captions.empty
-        timesteps = draw_timesteps(BATCH, generator)
+        timesteps = (1000 * torch.rand(BATCH, generator=generator) ** NOISIER).long().clamp(max=999)
         noise = torch.randn(clean.shape, generator=generator)
         sample = add_noise(clean, noise, alphas[timesteps])
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
@@ -228,11 +244,10 @@ def inpainting_loss(
                 text = text_encoder(ids).last_hidden_state
             predicted = unet(torch.cat([sample, mask, masked], 1), timesteps, text).float()
         square = (predicted - noise).square()
-        weight = (KNOWN + (1 - KNOWN) * mask).expand_as(square)
-        errors = (square * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))
-        inside = (square * mask).sum((1, 2, 3)) / (4 * mask.sum((1, 2, 3))).clamp(min=1)
-        noisy = inside[timesteps >= 700].mean().nan_to_num()
-        return {"loss": (errors * min_snr_weight(alphas[timesteps])).mean(), "inside": inside.mean(), "noisy": noisy}
+        inside = (square * mask).sum() / (4 * mask.sum()).clamp(min=1)
+        outside = (square * (1 - mask)).sum() / (4 * (1 - mask).sum()).clamp(min=1)
+        total = (square.mean((1, 2, 3)) * weights[timesteps]).mean()
+        return {"loss": total, "inside": inside, "outside": outside}
 
     return loss
 
@@ -268,17 +283,16 @@ class InpaintingSheet(Sheet):
         known = (CACHE / "train" / f"{SCORER}.ema.pt").exists()
         self.scorer: Scorer | None = trained_scorer() if known else None
 
-    def inside(self, drawn: Tensor, box: Box) -> tuple[Tensor, float]:
-        """Pictures that keep what was given outside the box, and how often what is inside, on white, is retrieved.
-
-        Not a number, until there is a scorer.
-        """
+    def judged(self, drawn: Tensor, box: Box) -> tuple[Tensor, str]:
+        """Pictures as painted; how often what is inside, on white, is retrieved (not a number, until there is a
+        scorer); and how well the outside is kept, in decibels."""
         mask, right = box_mask(box), float("nan")
-        made = self.decode(drawn)
+        made = self.decode(drawn).clamp(-1, 1)
         if self.scorer is not None:
-            ranks = self.scorer.ranks(features(self.scorer, (made * mask + 1 - mask).clamp(-1, 1)), self.targets)
+            ranks = self.scorer.ranks(features(self.scorer, made * mask + 1 - mask), self.targets)
             right = (ranks < 1).float().mean().item()
-        return torch.where(mask > 0, made, self.shown), right
+        kept = psnr(made, self.shown, mask[None] < 0.5).mean()
+        return made, f"{right:.1%} of 32 right, {kept:.1f} dB outside"
 
     def __call__(self, step: int) -> None:
         weights = {name: weight.detach() for name, weight in effective_weights(self.unet, self.student.pairs).items()}
@@ -293,10 +307,9 @@ class InpaintingSheet(Sheet):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             text, empty = self.text(self.names_inside), self.text([""])
             for what, box, extra in self.cases:
-                guided, right = self.inside(ddim(plain(extra), text, empty, 15, 4.0).float(), box)
-                four, right_four = self.inside(consistency(adapted(extra), text, 4).float(), box)
-                say(f"{self.name} {step}: {what}: DDIM 15, guidance 4: {right:.1%} of 32 right; LCM-LoRA 4: "
-                    f"{right_four:.1%}")  # fmt: skip
+                guided, how = self.judged(ddim(plain(extra), text, empty, 15, 4.0).float(), box)
+                four, how_four = self.judged(consistency(adapted(extra), text, 4).float(), box)
+                say(f"{self.name} {step}: {what}: DDIM 15, guidance 4: {how}; LCM-LoRA 4: {how_four}")
                 rows += [guided, four]
             extra = F.pad(self.grey, (0, 0, 0, 0, 1, 0), value=1.0).expand(len(PROMPTS), -1, -1, -1)
             drawn = consistency(adapted(extra), self.text(list(PROMPTS)), 4)
@@ -314,7 +327,7 @@ def export(folder: Path, name: str = "inpainting") -> None:
 def main() -> None:
     """Train, with a sheet of cases now and then."""
     parser = arguments(__doc__, minutes=8)
-    parser.add_argument("--rate", type=float, default=6e-4)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--name", default="inpainting")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -323,7 +336,7 @@ def main() -> None:
     tokenizer = tokenizer_of_ours(emojis)
     found = examples(latents.scaling_factor)
     base, text_encoder = trained_networks()
-    unet = widened(base).train()
+    unet = widened(base, found.grey.float()).train()
     sheet = InpaintingSheet(unet, text_encoder, tokenizer, latents, options.name)
     sheet.student = Student(base)
     sheet.student.load_state_dict(torch.load(CACHE / "train" / "lcm.ema.pt", weights_only=True)["pairs"])

@@ -124,14 +124,20 @@ def test_examples_are_drawn_by_their_kinds(recipe: dict[str, ModuleType]) -> Non
     assert list(shares.values()) == pytest.approx(list(wanted), abs=0.03)
 
 
-def test_the_widened_network_starts_as_the_base(recipe: dict[str, ModuleType]) -> None:
+def test_the_widened_network_is_the_base_where_all_is_masked_and_hears_of_the_rest(
+    recipe: dict[str, ModuleType],
+) -> None:
     base = UNet2DConditionModel.from_config(recipe["train_unet"].CONFIG).eval()
-    wide = recipe["train_inpainting"].widened(base)
+    grey = noise(4, 16, 16, seed=2)
+    wide = recipe["train_inpainting"].widened(base, grey).eval()
     sample, text = noise(2, 4, 16, 16), noise(2, 7, base.config.cross_attention_dim)
-    more = noise(2, 5, 16, 16, seed=1)
+    masked = torch.cat([torch.ones(2, 1, 16, 16), grey.mean((1, 2))[:, None, None].expand(2, -1, 16, 16)], 1)
+    known = torch.cat([torch.zeros(2, 1, 16, 16), noise(2, 4, 16, 16, seed=1)], 1)
     with torch.no_grad():
-        expected = base(sample, 500, text)
-        assert torch.allclose(wide(torch.cat([sample, more], 1), 500, text), expected, atol=1e-5)
+        torch.testing.assert_close(wide(torch.cat([sample, masked], 1), 500, text), base(sample, 500, text))
+        first = wide.conv_in(torch.cat([sample, known], 1))
+        hinted = base.conv_in(sample - recipe["train_inpainting"].HINT * known[:, 1:])
+        torch.testing.assert_close(first, hinted)
 
 
 def test_the_control_network_starts_silent_but_listening(recipe: dict[str, ModuleType]) -> None:
