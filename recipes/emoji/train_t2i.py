@@ -1,4 +1,4 @@
-"""The canny T2I-Adapter of `emoji/xl`. ``python recipes/emoji/train_t2i.py --steps 350``, after `train_xl.py`
+"""The canny T2I-Adapter of `emoji/xl`. ``python recipes/emoji/train_t2i.py --steps 900``, after `train_xl.py`
 
 Of the shape of SDXL's adapters: one reading of the edges a picture, at a sixteenth of its size, whose features are
 added to the outputs of the UNet's levels and of its middle. The UNet is frozen, and so are both text encoders. Pictures
