@@ -6,7 +6,6 @@ import importlib
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -52,7 +51,6 @@ def test_a_pose_moves_each_point_by_the_forward_map(recipe: dict[str, ModuleType
         angle=torch.linspace(-3, 3, 16),
         shift=0.2 * torch.rand(16, 2, generator=generator),
         pivot=torch.tensor([0.1, 0.3]),
-        ink=torch.ones(16),
     )
     point = (0.2, -0.1)
     frames = clips.drawn(dot(128, *point, radius=0.08), poses)
@@ -66,17 +64,10 @@ def test_a_pose_moves_each_point_by_the_forward_map(recipe: dict[str, ModuleType
         assert middle(frame) == pytest.approx(expected, abs=0.01)
 
 
-def test_ink_fades_towards_white(recipe: dict[str, ModuleType]) -> None:
-    clips = recipe["clips"]
-    frames = clips.drawn(dot(radius=0.9), replace(clips.still(), ink=torch.linspace(0, 1, 16)))
-    torch.testing.assert_close(frames[:, 0, 32, 32], 1 - 2 * torch.linspace(0, 1, 16))
-    assert frames[:, :, 0, 0].eq(1).all()
-
-
 def test_every_motion_moves_and_stays_in_the_picture(recipe: dict[str, ModuleType]) -> None:
     clips = recipe["clips"]
     picture = torch.minimum(dot(x=0.0, radius=0.5), dot(x=0.5, y=-0.3, radius=0.2))
-    for motion in {**clips.MOTIONS, **clips.CAMERA}.values():
+    for motion in {clips.bounce, clips.sway, *clips.CAMERA.values()}:
         frames = clips.drawn(picture, motion())
         assert frames.shape == (16, 3, 64, 64) and frames.abs().max() <= 1
         assert frames.diff(dim=0).abs().amax((1, 2, 3)).max() > 0.1
