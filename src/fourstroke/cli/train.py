@@ -260,12 +260,15 @@ class Work:
         """Look at the data, and check that all that was typed has an effect on it.
 
         Raises:
-            ValueError, FileNotFoundError: see `fourstroke.train.data.open_source`.
+            ValueError: see `fourstroke.train.data.open_source`, or something has no effect.
         """
-        from ..train.data import open_source
+        from ..train.data import DataError, open_source
 
         self.options(fields)  # wrong values are told of before any file is opened
-        source = open_source(place, fields["caption"])
+        try:
+            source = open_source(place, fields["caption"])
+        except FileNotFoundError as error:
+            raise DataError(str(error)) from error  # of a missing model another name is suggested
         vain = WITH_PICTURES if source.prompts else () if fields.get("prior_data") else WITHOUT_PICTURES
         for name in sorted(self.typed & {*vain}):
             what = "prompts" if source.prompts else "pictures"
