@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import choose_device
+
+WAIT = timedelta(days=1)  # for each other: the first encodes the data, and paints the samples
 
 
 class Devices:
@@ -64,8 +67,9 @@ def open_devices(device: str | None) -> Devices:
     if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
         return Devices(choose_device(device))
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError as error:
         raise ImportError("Several processes need accelerate: pip install 'fourstroke[accelerate]'.") from error
-    accelerator = Accelerator(cpu=device == "cpu")
+    patient = InitProcessGroupKwargs(timeout=WAIT)
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patient])
     return Devices(accelerator.device, accelerator)
