@@ -32,10 +32,11 @@ from train_text import tokenizer_of_ours
 from train_tiny_vae import CONFIG as TINY_CONFIG
 from train_vae import trained as trained_vae
 
-from fourstroke.lora import Lora, LoraPair, save_lora
+from fourstroke.lora import Lora, LoraPair, read_lora, save_lora
 from fourstroke.models.vae_tiny import AutoencoderTiny
 
-LCM_RANK = 24  # of the file; what is left out of the trained rank is three thousandths of the energy
+LCM_RANK, XL_LCM_RANK = 24, 12  # of the files, from the trained 48 and 16: less than a hundredth of the energy is lost
+STYLE_GAIN = 1.25  # so that the usual weight of 0.8 shows a style as it was trained
 LORA_NAME = "pytorch_lora_weights.safetensors"
 BASE_PARTS = {name: f"emoji/base/{name}" for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
 NOTICE = """The pictures that these networks were trained on:
@@ -110,9 +111,7 @@ def export_lcm_lora(folder: Path) -> None:
     steps = torch.load(CACHE / "train" / "lcm.pt", weights_only=True)["steps"]
     about = {"base_model": "emoji/base", "rank": str(LCM_RANK), "alpha": str(ALPHA), "steps": str(steps),
              "guidance": f"{GUIDANCE[0]}-{GUIDANCE[1]}", "method": "latent consistency distillation"}  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    lora = Lora("lcm-lora", {"unet": pairs})
-    save_lora(folder / LORA_NAME, lora, layout="kohya", dtype=torch.float16, metadata=about)
+    write_lora(folder, pairs, about)
 
 
 def export_tiny_vae(folder: Path) -> None:
@@ -122,14 +121,32 @@ def export_tiny_vae(folder: Path) -> None:
     write_model(tiny, folder)
 
 
-def copy_lora(run: str) -> Callable[[Path], None]:
-    """Copies what `fourstroke distill` or `fourstroke train lora` left in ``.cache/train/<run>``."""
+def export_xl_lcm_lora(folder: Path) -> None:
+    """The LCM-LoRA of the XL model as `fourstroke distill` left it, cut to fewer ranks."""
+    lora = read_lora(CACHE / "train" / "xl-lcm" / LORA_NAME, {"unet": train_xl.trained_xl()[0]})
+    pairs = {path: truncated(pair, XL_LCM_RANK) for path, pair in lora.components["unet"].items()}
+    write_lora(folder, pairs, {**lora.metadata, "rank": str(XL_LCM_RANK)})
 
-    def copy(folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(CACHE / "train" / run / LORA_NAME, folder / LORA_NAME)
 
-    return copy
+def export_style(run: str) -> Callable[[Path], None]:
+    """What `fourstroke train lora` left in ``.cache/train/<run>``, stronger by STYLE_GAIN."""
+
+    def export(folder: Path) -> None:
+        lora = read_lora(CACHE / "train" / run / LORA_NAME, {"unet": trained_networks()[0]})
+        pairs = {
+            path: LoraPair(pair.down, pair.up, STYLE_GAIN * (pair.alpha or len(pair.down)))
+            for path, pair in lora.components["unet"].items()
+        }
+        write_lora(folder, pairs, {**lora.metadata, "alpha": f"{STYLE_GAIN * float(lora.metadata['alpha']):g}"})
+
+    return export
+
+
+def write_lora(folder: Path, pairs: Mapping[str, LoraPair], about: Mapping[str, str]) -> None:
+    """Pairs of the UNet in kohya's layout, fp16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lora = Lora(folder.name, {"unet": pairs})
+    save_lora(folder / LORA_NAME, lora, layout="kohya", dtype=torch.float16, metadata=about)
 
 
 # name: (what it is made from, how it is written)
@@ -138,10 +155,10 @@ EXPORTS: Mapping[str, tuple[str, Callable[[Path], None]]] = {
     "lcm-lora": ("lcm.ema.pt", export_lcm_lora),
     "tiny-vae": ("tiny.ema.pt", export_tiny_vae),
     "xl": ("xl.ema.pt", export_xl),
-    "xl-lcm-lora": (f"xl-lcm/{LORA_NAME}", copy_lora("xl-lcm")),
+    "xl-lcm-lora": (f"xl-lcm/{LORA_NAME}", export_xl_lcm_lora),
     "blob": ("blob.ema.pt", export_fine_tuned),
-    "flat-lora": (f"flat/{LORA_NAME}", copy_lora("flat")),
-    "line-lora": (f"line/{LORA_NAME}", copy_lora("line")),
+    "flat-lora": (f"flat/{LORA_NAME}", export_style("flat")),
+    "line-lora": (f"line-more/{LORA_NAME}", export_style("line-more")),
     "controlnet-canny": ("controlnet.ema.pt", train_controlnet.export),
     "t2i-canny": ("t2i.ema.pt", train_t2i.export),
     "inpainting": ("inpainting.ema.pt", export_inpainting),
