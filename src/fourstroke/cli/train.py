@@ -368,14 +368,16 @@ class Show:
         """See `fourstroke.train.options.Progress`.
 
         Raises:
-            KeyboardInterrupt: somebody has asked to stop. It is raised here, between two steps.
+            Stop: somebody has asked to stop. It is raised here, between two steps.
         """
         if what == "training":
             self.where = f"Stopped after step {done} of {total}. "
         if os.environ.get("RANK", "0") == "0":
             (self._draw if self.stream.isatty() else self._write)(what, done, total, figures or {})
         if self._stop and done < total:
-            raise KeyboardInterrupt
+            from ..train.options import Stop
+
+            raise Stop
 
     def _draw(self, what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         from rich.console import Console

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..lora.weights import Layout, Lora, save_lora
 from .devices import Devices
 from .metrics import Log, Row, open_log
-from .options import PRECISIONS, Progress, TrainOptions
+from .options import PRECISIONS, Progress, Stop, TrainOptions
 from .state import CHECKPOINT, State
 from .student import Student, leaves
 
@@ -111,6 +111,10 @@ def train(run: Run, student: Student, text_rate: float | None = None) -> Path:
                     _save(run, state, last)
             if run.sample and options.sample_every and (last or state.step % options.sample_every == 0):
                 shown.sample()
+    except Stop:
+        if devices.main and state.step > first:
+            state.save(run.output / CHECKPOINT, run.settings)
+        raise
     finally:
         shown.close()
     devices.wait()

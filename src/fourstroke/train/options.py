@@ -42,6 +42,10 @@ _LOWEST: Mapping[str, tuple[float, bool]] = {
 }
 
 
+class Stop(KeyboardInterrupt):
+    """Raised by a `Progress`, which is called between steps only: end the training once a checkpoint is written."""
+
+
 class Progress(Protocol):
     """Is told what is being done, how much of it is done, how much there is of it, and, of training, figures."""
 
