@@ -38,9 +38,26 @@ APACHE = "Apache-2.0, as the pictures. `NOTICE` in `emoji/base` holds the attrib
 LCM = """pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 pipe.load_lora_weights("emoji/{lora}lcm-lora", adapter_name="lcm")
 """
-SD = 'pipe = StableDiffusionPipeline.from_pretrained("emoji/{base}")\n' + LCM.format(lora="")
-XL = 'pipe = StableDiffusionXLPipeline.from_pretrained("emoji/xl")\n' + LCM.format(lora="xl-")
+SD = (
+    "from fourstroke import LCMScheduler, StableDiffusionPipeline\n\n"
+    'pipe = StableDiffusionPipeline.from_pretrained("emoji/{base}")\n' + LCM.format(lora="")
+)
+XL = (
+    "from fourstroke import LCMScheduler, StableDiffusionXLPipeline\n\n"
+    'pipe = StableDiffusionXLPipeline.from_pretrained("emoji/xl")\n' + LCM.format(lora="xl-")
+)
 PAINT = 'image = pipe("a red fox", num_inference_steps=4, guidance_scale=1.0).images[0]'
+EDGES = (
+    'edges = Image.new("RGB", (128, 128))  # or fourstroke.controls.canny(photo)\n'
+    'ImageDraw.Draw(edges).ellipse((24, 32, 104, 112), outline="white")\n'
+    'image = pipe("a red apple", image=edges, num_inference_steps=4, guidance_scale=1.0).images[0]'
+)
+VIDEO = (
+    "from fourstroke import AnimateDiffPipeline, LCMScheduler, MotionAdapter\n\n"
+    'adapter = MotionAdapter.from_pretrained("emoji/motion-adapter")\n'
+    'pipe = AnimateDiffPipeline.from_pretrained("emoji/base", motion_adapter=adapter)\n' + LCM.format(lora="")
+)
+FRAMES = 'frames = pipe("a red fox", num_frames=8, num_inference_steps=5, guidance_scale=1.0).frames[0]'
 
 
 class Card(NamedTuple):
@@ -74,6 +91,8 @@ CARDS = {
     "tiny-vae": Card(
         "autoencoder",
         "A tiny autoencoder for the latents of the whole family, for previews and fast decoding.",
+        'from fourstroke import AutoencoderTiny, DiffusionPipeline\n\n'
+        'pipe = DiffusionPipeline.from_pretrained("emoji/base")\n'
         'pipe.vae = AutoencoderTiny.from_pretrained("emoji/tiny-vae")', "`train_tiny_vae.py`",
     ),
     "xl": Card(
@@ -105,43 +124,48 @@ CARDS = {
     ),
     "controlnet-canny": Card(
         "controlnet, canny", "A ControlNet for `emoji/base` that follows canny edges.",
+        'from PIL import Image, ImageDraw\n\n'
+        'from fourstroke import ControlNetModel, LCMScheduler, StableDiffusionControlNetPipeline\n\n'
         'controlnet = ControlNetModel.from_pretrained("emoji/controlnet-canny")\n'
         'pipe = StableDiffusionControlNetPipeline.from_pretrained("emoji/base", controlnet=controlnet)\n'
-        + LCM.format(lora="")
-        + 'image = pipe("a red fox", image=edges, num_inference_steps=4, guidance_scale=1.0).images[0]',
+        + LCM.format(lora="") + EDGES,
         "`train_controlnet.py`", "control",
     ),
     "t2i-canny": Card(
         "t2i-adapter, canny", "A T2I-Adapter for `emoji/xl` that follows canny edges.",
+        'from PIL import Image, ImageDraw\n\n'
+        'from fourstroke import LCMScheduler, StableDiffusionXLAdapterPipeline, T2IAdapter\n\n'
         'adapter = T2IAdapter.from_pretrained("emoji/t2i-canny")\n'
         'pipe = StableDiffusionXLAdapterPipeline.from_pretrained("emoji/xl", adapter=adapter)\n'
-        + LCM.format(lora="xl-")
-        + 'image = pipe("a red fox", image=edges, num_inference_steps=4, guidance_scale=1.0).images[0]',
+        + LCM.format(lora="xl-") + EDGES,
         "`train_t2i.py`", "control",
     ),
     "inpainting": Card(
         "stable-diffusion, inpainting",
         "`emoji/base` with nine input channels: it also sees the mask and what is left of the picture.",
+        'from PIL import Image\n\nfrom fourstroke import AutoPipelineForInpainting, LCMScheduler\n\n'
         'pipe = AutoPipelineForInpainting.from_pretrained("emoji/inpainting")\n' + LCM.format(lora="")
+        + 'photo, mask = Image.new("RGB", (128, 128), "white"), Image.new("L", (128, 128))\n'
+        + 'mask.paste(255, (16, 16, 112, 112))\n'
         + 'image = pipe("a pizza", image=photo, mask_image=mask, num_inference_steps=4, guidance_scale=1.0).images[0]',
         "`train_inpainting.py`", "inpainting",
     ),
     "motion-adapter": Card(
         "animatediff, motion",
-        "A motion adapter for `emoji/base`, up to 16 frames, trained on drawn motion: bounce, sway, spin, pulse, "
-        "blink.",
-        'adapter = MotionAdapter.from_pretrained("emoji/motion-adapter")\n'
-        'pipe = AnimateDiffPipeline.from_pretrained("emoji/base", motion_adapter=adapter)\n' + LCM.format(lora="")
-        + 'frames = pipe("a red fox", num_frames=16, num_inference_steps=5, guidance_scale=1.0).frames[0]',
+        "A motion adapter for `emoji/base`, up to 16 frames, trained on drawn motion: faces, people, nature and "
+        "food bounce, all else sways.",
+        VIDEO + FRAMES,
         "`clips.py`, `train_motion.py`", "motion",
     ),
     "zoom-in-lora": Card(
         "animatediff, lora", "A motion LoRA for `emoji/motion-adapter`: the camera comes nearer.",
-        'pipe.load_lora_weights("emoji/zoom-in-lora", adapter_name="zoom-in")', "`train_motion_lora.py`", "motion",
+        VIDEO + 'pipe.load_lora_weights("emoji/zoom-in-lora", adapter_name="zoom-in")\n'
+        'pipe.set_adapters(["lcm", "zoom-in"], [1.0, 1.0])\n' + FRAMES, "`train_motion_lora.py`", "motion",
     ),
     "pan-left-lora": Card(
         "animatediff, lora", "A motion LoRA for `emoji/motion-adapter`: the camera pans to the left.",
-        'pipe.load_lora_weights("emoji/pan-left-lora", adapter_name="pan-left")', "`train_motion_lora.py`", "motion",
+        VIDEO + 'pipe.load_lora_weights("emoji/pan-left-lora", adapter_name="pan-left")\n'
+        'pipe.set_adapters(["lcm", "pan-left"], [1.0, 1.0])\n' + FRAMES, "`train_motion_lora.py`", "motion",
     ),
 }  # fmt: skip
 
