@@ -177,7 +177,7 @@ def animated(library: Any, folder: Path) -> np.ndarray:
     few_steps(library, pipe)
     for name in ("zoom-in", "pan-left"):
         place = str(EMOJI / f"{name}-lora")
-        pipe.load_lora_weights(place, weight_name="pytorch_lora_weights.safetensors", adapter_name=name)
+        pipe.load_lora_weights(place, weight_name="diffusion_pytorch_model.safetensors", adapter_name=name)
     pipe.set_adapters(["lcm", "zoom-in", "pan-left"], [1.0, 0.8, 0.5])
     return paint(pipe, num_frames=4)
 
