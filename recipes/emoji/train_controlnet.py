@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_text import Captions, tokenizer_of_ours
-from train_unet import alphas_cumprod, min_snr_weight
+from train_unet import alphas_cumprod, noise_errors
 
 from fourstroke.lora.layers import effective_weights
 from fourstroke.models.clip import CLIPTextModel
@@ -85,9 +85,7 @@ def control_loss(
                 text = encoder(ids).last_hidden_state
             residuals = network(sample, timesteps, text, condition=network.embed_condition(control))
             predicted = unet(sample, timesteps, text, residuals=residuals).float()
-        errors = (predicted - noise).square().mean((1, 2, 3))
-        noisy = errors[timesteps >= 700].mean().nan_to_num()
-        return {"loss": (errors * min_snr_weight(alphas[timesteps])).mean(), "error": errors.mean(), "noisy": noisy}
+        return noise_errors(predicted, noise, timesteps, alphas)
 
     return loss
 

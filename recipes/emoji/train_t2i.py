@@ -22,7 +22,7 @@ from tokenizer import MAX_LENGTH, Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_text import Captions, tokenizer_of_ours
-from train_unet import alphas_cumprod, min_snr_weight
+from train_unet import alphas_cumprod, noise_errors
 from train_xl import CONFIG as XL
 from train_xl import PLAIN_IDS, WIDTH_2, TextEncoders, trained_xl
 
@@ -81,9 +81,7 @@ def adapter_loss(
             with torch.no_grad():
                 text = encoders(ids)
             predicted = steered(unet, sample, timesteps, text, adapter(control)).float()
-        errors = (predicted - noise).square().mean((1, 2, 3))
-        noisy = errors[timesteps >= 700].mean().nan_to_num()
-        return {"loss": (errors * min_snr_weight(alphas[timesteps])).mean(), "error": errors.mean(), "noisy": noisy}
+        return noise_errors(predicted, noise, timesteps, alphas)
 
     return loss
 

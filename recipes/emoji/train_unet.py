@@ -62,6 +62,13 @@ def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
     return (1000 * torch.rand(count, generator=generator) ** NOISIER).long().clamp(max=999)
 
 
+def noise_errors(predicted: Tensor, noise: Tensor, timesteps: Tensor, alphas: Tensor) -> dict[str, Tensor]:
+    """The weighted squared error as ``loss``; unweighted, ``error``, and ``noisy``, its part at t >= 700."""
+    errors = (predicted - noise).square().mean((1, 2, 3))
+    noisy = errors[timesteps >= 700].mean().nan_to_num()
+    return {"loss": (errors * min_snr_weight(alphas[timesteps])).mean(), "error": errors.mean(), "noisy": noisy}
+
+
 def denoising_loss(
     unet: UNet2DConditionModel, encoder: CLIPTextModel, latents: Latents, captions: Captions, batch: int, plain: float
 ) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
@@ -81,9 +88,7 @@ def denoising_loss(
         sample = add_noise(clean, noise, alphas[timesteps])
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             predicted = unet(sample, timesteps, encoder(ids).last_hidden_state)
-        errors = (predicted.float() - noise).square().mean((1, 2, 3))
-        noisy = errors[timesteps >= 700].mean().nan_to_num()
-        return {"loss": (errors * min_snr_weight(alphas[timesteps])).mean(), "error": errors.mean(), "noisy": noisy}
+        return noise_errors(predicted.float(), noise, timesteps, alphas)
 
     return loss
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_text import COMPONENTS, Captions, contrast, initialise, principal_components, text_config, tokenizer_of_ours
 from train_unet import CONFIG as BASE
-from train_unet import EMPTY, PROMPTS, alphas_cumprod, draw_timesteps, min_snr_weight
+from train_unet import EMPTY, PROMPTS, alphas_cumprod, draw_timesteps, noise_errors
 from train_vae import trained as trained_vae
 
 from fourstroke.models.clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -188,9 +188,7 @@ def denoising_loss(
         sample = add_noise(clean, noise, alphas[timesteps])
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             predicted = denoise(unet, sample, timesteps, encoders(ids), time_ids).float()
-        errors = (predicted - noise).square().mean((1, 2, 3))
-        noisy = errors[timesteps >= 700].mean().nan_to_num()
-        return {"loss": (errors * min_snr_weight(alphas[timesteps])).mean(), "error": errors.mean(), "noisy": noisy}
+        return noise_errors(predicted, noise, timesteps, alphas)
 
     return loss
 
