@@ -483,9 +483,9 @@ def test_the_order_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 
     recording = memory.capture(run, torch.device("cuda", 0))
     recording.replay()
+    warm_up = ["side waits for default", *["run on side"] * cudagraph.WARMUPS]
     capture = ["capture in pool 1, thread_local", "run on side", "captured"]
-    around = ["side waits for default", *["run on side"] * cudagraph.WARMUPS, "default waits for side"]
-    assert cuda.log == [*around, *capture, "replay"]
+    assert cuda.log == [*warm_up, *capture, "default waits for side", "replay"]
     recording.drop()
     assert cuda.log[-2:] == ["synchronize", "reset"]
 

@@ -295,17 +295,16 @@ class GraphMemory:
                 # A pool dies with its last graph, and its name with it.
                 self._pool = torch.cuda.graph_pool_handle()
             stream, current = self._stream, torch.cuda.current_stream()
-            # Warm-ups and capture share the stream, so that the graph uses the libraries' workspaces that these made.
             stream.wait_stream(current)
+            # Warm-ups and capture share the stream, so that the graph uses the libraries' workspaces that these made.
             with torch.cuda.stream(stream):
                 for _ in range(WARMUPS):
                     run()
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may go on using the GPU meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    output = run()
             current.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may go on using the GPU meanwhile.
-            recorder = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
-            with recorder:
-                output = run()
         recording = _CudaRecording(graph, output, device)
         self._live.add(recording)
         return recording
