@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 
 from . import hub, schedulers
 from .denoise import DenoiseState
@@ -19,11 +20,18 @@ from .models.controlnet import ControlNetModel
 from .models.ip_adapter import detach_ip_adapters_
 from .models.motion import MotionAdapter, attach_motion_
 from .models.t2i_adapter import T2IAdapter
+from .models.vae_tiny import AutoencoderTiny
 from .pipelines.components import lora_file
 from .pipelines.pipeline import DiffusionPipeline
 from .plan import make_plan, split_place
 from .request import Control, GenerateRequest, GenerateResult
+from .runtime.cache import cache_folder
+from .runtime.openvino import accelerated, openvino_
+from .runtime.options import RuntimeOptions, run_with_
+from .runtime.quantize import fingerprint, in_eight_bits, load_ranges, save_ranges
 
+CALIBRATION = ("a red fox in the snow", "a photograph of a street at night, many lights")
+"""What is painted, at the model's own size, to learn the ranges of a UNet's layers."""
 MAX_SEED = 2**32
 IMAGE_ENCODER = "image_encoder"
 
@@ -47,12 +55,14 @@ class Engine:
             gets the linear betas that it was trained with, for pictures too.
         scheduler: class in `fourstroke.schedulers` and its options, in place of the one that would be chosen.
         device: default the GPU if there is one.
-        dtype: default float16 on a GPU and float32 on the CPU.
+        dtype: default float16 on a GPU and float32 on the CPU, where OpenVINO computes in bfloat16 if it can.
+        runtime: backend, quantisation, autoencoder, offloading; see `fourstroke.runtime.options.RuntimeOptions`.
         options: further arguments of `DiffusionPipeline.from_pretrained`.
 
     Attributes:
         pipeline: what runs the requests.
         plan: LoRAs and settings, see `fourstroke.plan.Plan`.
+        runtime: how its networks run, with the backend that ``"auto"`` came to.
         scheduler_options: those in which the scheduler differs from the model's configuration.
 
     Raises:
@@ -74,8 +84,10 @@ class Engine:
         scheduler: tuple[str, Mapping[str, Any]] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        runtime: RuntimeOptions | None = None,
         **options: Any,
     ):
+        wanted = dtype
         device, dtype = where_to_run(device, dtype)
         where = {name: options[name] for name in hub.OPTIONS if name in options}
         self.base = model if isinstance(model, Base) else look_at(model, options.get("config"), **where)
@@ -83,8 +95,14 @@ class Engine:
         self._where = {name: value for name, value in where.items() if name != "revision"}
         self._variant = options.get("variant")
         self.plan = make_plan(self.base, loras, lcm=lcm, motion=motion, where=self._where)
-        self.pipeline = load_pipeline(self.base.name, torch_dtype=dtype, **options).to(device)
+        self.runtime = (runtime or RuntimeOptions()).resolved(device, self.base.width)
+        self._precision = None if wanted is None else "f32" if wanted == torch.float32 else "bf16"
+        if self.runtime.backend == "openvino" and wanted != torch.float32:
+            # The weights alone: OpenVINO makes of them what it computes in, and files in float16 stay mapped.
+            dtype = torch.float16
+        self.pipeline = load_pipeline(self.base.name, torch_dtype=dtype, **options)
         self.pipeline.set_progress_bar_config(disable=True)
+        self._set_runtime(device, dtype)
         self._networks: dict[tuple[str, str], Any] = {}
         self._image_prompts: tuple[str, ...] = ()
         self._image_encoder = IMAGE_ENCODER
@@ -95,6 +113,53 @@ class Engine:
     def _unet(self) -> Any:
         """The UNet, without the wrapper that torch.compile puts around it."""
         return unwrap(self.pipeline.unet)
+
+    def _set_runtime(self, device: torch.device, dtype: torch.dtype) -> None:
+        pipe, options = self.pipeline, self.runtime
+        if options.vae == "tiny":
+            place = self.base.family.tiny_vae
+            if place is None:
+                raise ValueError(f"There is no tiny autoencoder known for {self.base.family.name}; leave vae='full'.")
+            pipe.vae = AutoencoderTiny.from_pretrained(place, dtype=dtype, **self._where)
+        if options.vae == "tiled":
+            pipe.enable_vae_tiling()
+        if options.offload:
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+        if options.backend == "openvino":
+            # It is small, and what surrounds its encoder and decoder runs in torch.
+            pipe.vae.to(torch.float32)
+        self._accelerate(pipe.unet, pipe.vae)
+
+    def _accelerate(self, *networks: Any) -> None:
+        run_with_(networks, self.runtime.backend, precision=self._precision)
+
+    def _quantize(self) -> None:
+        """Let the UNet run in 8 bits, by the ranges on disk or, once a model, after a calibration."""
+        forward = accelerated(self._unet)[""]
+        if self.runtime.quantize is None or forward.ranges is not None:
+            return
+        loras = [(str(file.path), file.weight) for file in self.plan.loras]
+        source = self._unet.source
+        name = fingerprint([] if source is None else [place[0] for place in source.places.values()], loras)
+        path = cache_folder("ranges") / f"{name}.safetensors"
+        ranges = load_ranges(path)
+        if ranges is None:
+            forward.observed = ranges = {}
+            for seed, prompt in enumerate(CALIBRATION):
+                self.pipeline.generate(self.load(self._plain_request(prompt, seed)))
+            save_ranges(path, ranges)
+        openvino_(self._unet, forward.precision, in_eight_bits(ranges))
+
+    def _plain_request(self, prompt: str, seed: int) -> GenerateRequest:
+        """What any model can do: a picture of its own size, all of it new."""
+        height, width = self.base.size
+        fields: dict[str, Any] = {"height": height, "width": width, "seed": seed, "output_type": "latent"}
+        if self.base.channels == 9:
+            fields["image"] = Image.new("RGB", (width, height), "grey")
+            fields["mask_image"] = Image.new("L", (width, height), "white")
+        return self.request(prompt, **fields)
 
     def _set_scheduler(self, wanted: tuple[str, Mapping[str, Any]] | None) -> None:
         plan, current = self.plan, self.pipeline.scheduler
@@ -168,6 +233,8 @@ class Engine:
             request = self.request(request, **fields)
         if request.seed is None and request.generator is None:
             request = dataclasses.replace(request, seed=secrets.randbelow(MAX_SEED))
+        if self.runtime.quantize:
+            self._quantize()
         request = self.load(request)
         settings = self.plan.settings
         with warnings.catch_warnings():
@@ -198,6 +265,8 @@ class Engine:
         if (kind, place) not in self._networks:
             network = self._read(cls, kind, place)
             check_fit(kind, place, network, self._unet)
+            if isinstance(network, ControlNetModel):
+                self._accelerate(network)
             self._networks[kind, place] = network.to(self.pipeline.device)
         return self._networks[kind, place]
 

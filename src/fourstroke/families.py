@@ -38,6 +38,7 @@ class Family:
         name: as `fourstroke.lora` tells it.
         lcm_lora: the LCM-LoRA.
         motion: the motion adapter.
+        tiny_vae: the tiny autoencoder.
         controlnets, t2i_adapters: by what their pictures show.
         ip_adapters: by how closely they follow their picture; the first is the usual one.
     """
@@ -45,6 +46,7 @@ class Family:
     name: str
     lcm_lora: str | None = None
     motion: str | None = None
+    tiny_vae: str | None = None
     controlnets: Mapping[str, str] = field(default_factory=dict)
     t2i_adapters: Mapping[str, str] = field(default_factory=dict)
     ip_adapters: Mapping[str, str] = field(default_factory=dict)
@@ -96,6 +98,7 @@ _XL = Family(
     "SDXL",
     lcm_lora="latent-consistency/lcm-lora-sdxl",
     motion="guoyww/animatediff-motion-adapter-sdxl-beta",
+    tiny_vae="madebyollin/taesdxl",
     controlnets={
         "canny": "diffusers/controlnet-canny-sdxl-1.0",
         "depth": "diffusers/controlnet-depth-sdxl-1.0",
@@ -121,6 +124,7 @@ FAMILIES: Mapping[str, Family] = {
             "SD 1.5",
             lcm_lora="latent-consistency/lcm-lora-sdv1-5",
             motion="guoyww/animatediff-motion-adapter-v1-5-2",
+            tiny_vae="madebyollin/taesd",
             controlnets={
                 "canny": "lllyasviel/control_v11p_sd15_canny",
                 "depth": "lllyasviel/control_v11f1p_sd15_depth",
@@ -140,12 +144,13 @@ FAMILIES: Mapping[str, Family] = {
                 "full-face": "h94/IP-Adapter/models/ip-adapter-full-face_sd15.safetensors",
             },
         ),
-        Family("SD 2.x"),
+        Family("SD 2.x", tiny_vae="madebyollin/taesd"),
         _XL,
         # Control networks add to the same feature maps; IP-Adapters have a weight a transformer, and SSD-1B has fewer.
         Family(
             "SSD-1B",
             lcm_lora="latent-consistency/lcm-lora-ssd-1b",
+            tiny_vae=_XL.tiny_vae,
             controlnets=_XL.controlnets,
             t2i_adapters=_XL.t2i_adapters,
         ),
@@ -153,9 +158,15 @@ FAMILIES: Mapping[str, Family] = {
             "emoji",
             lcm_lora="emoji/lcm-lora",
             motion="emoji/motion-adapter",
+            tiny_vae="emoji/tiny-vae",
             controlnets={"canny": "emoji/controlnet-canny"},
         ),
-        Family("emoji XL", lcm_lora="emoji/xl-lcm-lora", t2i_adapters={"canny": "emoji/t2i-canny"}),
+        Family(
+            "emoji XL",
+            lcm_lora="emoji/xl-lcm-lora",
+            tiny_vae="emoji/tiny-vae",
+            t2i_adapters={"canny": "emoji/t2i-canny"},
+        ),
     )
 }
 # IP-Adapter -> the folder of its image encoder, where that is not ``image_encoder`` beside it.
@@ -174,6 +185,7 @@ class Base:
         size: height and width in pixels that it was trained for.
         channels: 4, or 9 for a model that does nothing but inpainting.
         embeds_guidance: guidance is an input of the UNet: a full latent consistency model.
+        width: channels of the UNet's first level.
     """
 
     name: str
@@ -181,6 +193,7 @@ class Base:
     size: tuple[int, int]
     channels: int = 4
     embeds_guidance: bool = False
+    width: int = 320
 
     def check(self, request: GenerateRequest) -> None:
         """Check what can be checked without loading anything.
@@ -242,6 +255,7 @@ def look_at(model: str | os.PathLike[str], config: str | os.PathLike[str] | None
         (sides[0] * VAE_FACTOR, sides[1] * VAE_FACTOR),
         unet.get("in_channels", 4),
         unet.get("time_cond_proj_dim") is not None,
+        unet.get("block_out_channels", (320,))[0],
     )
 
 

@@ -17,7 +17,7 @@ import typer
 
 from . import options, pictures
 from .console import did_you_mean, note, one_line, warnings_as_notes, without_network
-from .options import ANIMATION, CONTROL, LORA, MODEL, OUTPUT, SIZE, option
+from .options import ANIMATION, CONTROL, LORA, MODEL, OUTPUT, RUNTIME, SIZE, option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,10 +134,36 @@ def generate(
         str | None,
         option(
             MODEL,
-            "float32, bfloat16 or float16; float16 on a GPU and float32 on a CPU if not given.",
+            "float32, bfloat16 or float16; if not given, float16 on a GPU, and on a CPU float32, or what OpenVINO is "
+            "fastest in.",
             complete=options.complete_dtypes,
         ),
     ] = None,
+    backend: Annotated[
+        str,
+        option(
+            RUNTIME,
+            "What runs the networks: eager (torch), openvino, compile, cudagraph; auto is the fastest that is there.",
+            complete=options.complete_choices("backend"),
+        ),
+    ] = "auto",
+    quantize: Annotated[
+        str | None,
+        option(
+            RUNTIME, "int8: the UNet in 8 bits, on a CPU with OpenVINO.", complete=options.complete_choices("quantize")
+        ),
+    ] = None,
+    vae: Annotated[
+        str,
+        option(
+            RUNTIME,
+            "What decodes: full, tiny (faster, less detail) or tiled (large pictures in little memory).",
+            complete=options.complete_choices("vae"),
+        ),
+    ] = "full",
+    offload: Annotated[
+        bool, option(RUNTIME, "Keep networks in the computer's memory while they do not work on the GPU.", "--offload")
+    ] = False,
     offline: Annotated[bool, option(MODEL, "Use what is in the hub's cache; ask no network.", "--offline")] = False,
     output: Annotated[
         str | None,
@@ -171,11 +197,15 @@ def generate(
         length = 16 if window_length is None else window_length
         fields["windows"] = Windows(length, min(Windows.stride, length))
     sampler = None if scheduler is None else options.find_sampler(scheduler)[:2]
-    from ..engine import Engine, where_to_run  # after what can be told without torch
+    # After what can be told without torch.
+    from ..engine import Engine, where_to_run
     from ..families import look_at
+    from ..runtime.options import RuntimeOptions
 
     with warnings_as_notes(options.in_flags), field_names_as_flags(), without_network(offline):
-        where = dict(zip(("device", "dtype"), where_to_run(device, options.find_dtype(dtype)), strict=True))
+        runtime = RuntimeOptions(backend, quantize, vae, offload)
+        place, kind = where_to_run(device, options.find_dtype(dtype))
+        where = {"device": place, "dtype": None if dtype is None else kind}
         pictures.open_all(shown, frames, offline)
         request = make_request(prompt, fields | pictures.request_fields(shown))
         started = time.perf_counter()
@@ -183,7 +213,7 @@ def generate(
             base = look_at(model)
             base.check(request)
             fields |= pictures.prepare(shown, base, fields, detect)
-            how: Any = {"lcm": lcm, "motion": motion, "scheduler": sampler, **where}
+            how: Any = {"lcm": lcm, "motion": motion, "scheduler": sampler, **where, "runtime": runtime}
             engine = Engine(base, loras=lora or [], **how)
             request = engine.request(prompt, **fields, **pictures.request_fields(shown))
             engine.load(request)

@@ -42,10 +42,12 @@ OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("--ip-adapter-image", "--image-prompt"), "--ip-image"),
     **dict.fromkeys(("--motion-adapter", "--motion-module"), "--motion"),
     "--ckpt": "--model",
+    "--taesd": "--vae",
+    **dict.fromkeys(("--lowvram", "--medvram", "--low-vram", "--cpu-offload"), "--offload"),
     "--fp16": "--dtype",
 }
 PICTURE, SIZE, START, CONTROL, ANIMATION = "Picture", "Size", "Start picture", "Control", "Animation"
-LORA, MODEL, OUTPUT = "LoRA", "Model", "Output"
+LORA, MODEL, RUNTIME, OUTPUT = "LoRA", "Model", "Runtime", "Output"
 PANELS: Mapping[str, str] = {
     **dict.fromkeys(("height", "width"), SIZE),
     **dict.fromkeys(("image", "strength", "mask_image", "padding_mask_crop"), START),
@@ -271,6 +273,18 @@ def complete_anything(incomplete: str) -> list[str]:
 def complete_schedulers(incomplete: str) -> list[str]:
     """The schedulers that begin with ``incomplete``."""
     return [name for name in SAMPLERS if name.startswith(incomplete)]
+
+
+def complete_choices(field: str) -> Callable[[str], list[str]]:
+    """What completes an option that is the ``field`` of `RuntimeOptions`."""
+
+    def complete(incomplete: str) -> list[str]:
+        from ..runtime.options import RuntimeOptions
+
+        known = {each.name: each.metadata.get("choices", ()) for each in dataclasses.fields(RuntimeOptions)}
+        return [choice for choice in known[field] if choice.startswith(incomplete)]
+
+    return complete
 
 
 def complete_dtypes(incomplete: str) -> list[str]:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cache import cache_folder
 from .calls import Arguments, Forward, describe, map_tensors, replace_forward_, restore_forward_
 
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -46,8 +47,9 @@ def compile_(
             ``"max-autotune-no-cudagraphs"``.
         dynamic: one code for all shapes instead of one a shape. Of the latter torch makes 8 a class and then runs
             eagerly, with a warning.
-        cache: keep what the compiler made in `cache_folder`, or in this folder, or (False) not beyond torch's own cache
-            in the temporary folder. It is read back before the first call of a shape. That is trusted like code.
+        cache: keep what the compiler made in ``fourstroke/compile`` in the user's cache, or in this folder, or (False)
+            not beyond torch's own cache in the temporary folder. It is read back before the first call of a shape. That
+            is trusted like code.
         backend: as in `torch.compile`.
 
     Returns:
@@ -56,7 +58,7 @@ def compile_(
     Raises:
         RuntimeError: another backend runs ``network`` already, or the mode is none of torch's.
     """
-    folder = None if cache is False else cache_folder() if cache is True else Path(cache)
+    folder = None if cache is False else cache_folder("compile") if cache is True else Path(cache)
     compiled = Compiled(network, mode=mode, dynamic=dynamic, folder=folder, backend=backend)
     replace_forward_(network, compiled)
     return compiled
@@ -65,12 +67,6 @@ def compile_(
 def uncompile_(network: nn.Module) -> None:
     """Undo `compile_`: the class's own forward runs again. Where nothing is compiled it does nothing."""
     restore_forward_(network, Compiled)
-
-
-def cache_folder() -> Path:
-    """Where compiled code is kept: ``fourstroke/compile`` in the user's cache folder. It may be deleted at any time."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fourstroke" / "compile"
 
 
 class Compiled(Forward):

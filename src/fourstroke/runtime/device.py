@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .openvino import accelerated
+
 
 def check_device(device: torch.device) -> None:
     """Check that ``device`` is here.
@@ -50,17 +52,24 @@ def avoid_half_on_cpu_(networks: Sequence[nn.Module], device: torch.device) -> N
     """Turn float16 networks into float32 ones, with a warning, when they are to run on the CPU.
 
     Few CPUs compute in float16, and then slowly. This is done before the first run and not at loading, because most
-    pipelines are moved to a GPU in between.
+    pipelines are moved to a GPU in between. Networks that OpenVINO runs are only kept in float16, as their files are;
+    where there is one, the others become float32 without a warning.
     """
     if device.type != "cpu":
         return
-    halves = [network for network in networks if any(value.dtype == torch.float16 for value in network.parameters())]
+    elsewhere = [network for network in networks if accelerated(network)]
+    halves = [
+        network
+        for network in networks
+        if network not in elsewhere and any(value.dtype == torch.float16 for value in network.parameters())
+    ]
     if not halves:
         return
-    warnings.warn(
-        "float16 is for GPUs, and this pipeline is on the CPU: float32 runs instead. Load it with "
-        'torch_dtype=torch.float32, or move it with .to("cuda") before the first picture.',
-        stacklevel=2,
-    )
+    if not elsewhere:
+        warnings.warn(
+            "float16 is for GPUs, and this pipeline is on the CPU: float32 runs instead. Load it with "
+            'torch_dtype=torch.float32, or move it with .to("cuda") before the first picture.',
+            stacklevel=2,
+        )
     for network in halves:
         network.to(torch.float32)

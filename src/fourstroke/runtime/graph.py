@@ -1,0 +1,299 @@
+"""From a built network to an OpenVINO graph: one call of the network on shapes alone, each operation noted as a node.
+
+`trace` calls the network with meta tensors under a `torch.overrides.TorchFunctionMode`, so that models need no second
+description, and whatever is attached to them (motion modules, IP-Adapters) is part of the graph. Three kinds of values
+are told apart:
+
+- *constants*, such as weights: real tensors, whose memory the graph shares.
+- *host values*, which depend on nothing but the arguments named in ``host`` (timestep, picture sizes): their
+  operations run in torch, before the graph (`Program.run_host`). Sines of large timesteps do not survive bfloat16, and
+  what depends on the timestep alone need be computed only once.
+- all others: nodes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from openvino import Model as Graph
+from openvino import Node, Type
+from openvino import Tensor as Memory
+from openvino import opset15 as ops
+from openvino.op import Constant
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from .calls import Arguments, map_tensors, tensors_in
+from .nodes import EMITTERS, Unsupported, ints
+from .quantize import LAYERS, LEVELS, Range, eight_bits
+
+
+class Slot(NamedTuple):
+    """The place of a host value."""
+
+    index: int
+
+
+class HostCall(NamedTuple):
+    """One operation of torch's on constants and host values."""
+
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    result: int
+
+
+@dataclass
+class Program:
+    """A traced network.
+
+    Attributes:
+        graph: what OpenVINO compiles; its inputs and results are float32.
+        inputs: for each of the graph's inputs, the number of its tensor among the call's, or the slot of a host value.
+        structure: of what the call returns, whose leaves are the graph's first results.
+        observed: names of the layers whose inputs' least and greatest values are the further results, two a layer.
+        host_inputs: the number of a tensor among the call's -> its slot.
+        host_calls: what torch runs before the graph.
+        memory: tensors whose memory the graph's constants are; it must outlive what is compiled.
+    """
+
+    graph: Any = None
+    memory: list[Tensor] = field(default_factory=list)
+    inputs: list[int | Slot] = field(default_factory=list)
+    structure: Any = None
+    observed: list[str] = field(default_factory=list)
+    host_inputs: dict[int, int] = field(default_factory=dict)
+    host_calls: list[HostCall] = field(default_factory=list)
+
+    @torch.no_grad()
+    def run_host(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The host values of a call: slot -> tensor."""
+        values: dict[int, Any] = {slot: tensors[number] for number, slot in self.host_inputs.items()}
+        for call in self.host_calls:
+            args, kwargs = tree_map_only(Slot, lambda slot: values[slot.index], (call.args, call.kwargs), is_slot)
+            values[call.result] = call.function(*args, **kwargs)
+        return values
+
+
+def is_slot(value: Any) -> bool:
+    """Whether ``value`` is a leaf although it is a tuple."""
+    return isinstance(value, Slot)
+
+
+def trace(
+    network: nn.Module,
+    arguments: Arguments,
+    *,
+    host: Sequence[str] = (),
+    ranges: Mapping[str, Range] | None = None,
+    observe: bool = False,
+) -> Program:
+    """The program that computes what ``network``'s class does with ``arguments``.
+
+    Args:
+        network: whose forward; tensors, perhaps nested, are what it returns.
+        arguments: those of an example call. Shapes hold for this call alone; whatever is no tensor is fixed.
+        host: arguments whose tensors are host values; others may be missing.
+        ranges: layers (convolutions, linear layers) that run in 8 bits: name -> the range of their input.
+        observe: let the graph tell the range of every such layer's input.
+
+    Raises:
+        Unsupported: an operation has no node here.
+    """
+    args, kwargs = arguments
+    function = types.MethodType(type(network).forward, network)
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    on_host = {id(tensor) for name in host for tensor in tensors_in(given.get(name))}
+    names = {id(part.weight): name for name, part in network.named_modules() if isinstance(part, LAYERS)}
+    tracer = Tracer(names, ranges or {}, observe)
+    tensors = [*tensors_in(arguments)]
+    stand_ins = {id(tensor): tracer.input(tensor, i, id(tensor) in on_host) for i, tensor in enumerate(tensors)}
+    args, kwargs = map_tensors(arguments, lambda tensor: stand_ins[id(tensor)])
+    with torch.no_grad(), tracer:
+        return tracer.finish(function(*args, **kwargs))
+
+
+class Tracer(TorchFunctionMode):
+    """Notes what a network does to stand-ins; the functions in `nodes` ask it for the nodes that hold their arguments.
+
+    Attributes:
+        names: of the layers, by their weights' ids.
+        doubled: what nearest-neighbour doubling made -> what it was made from.
+        linears: what a linear layer made -> its input, weight and bias.
+    """
+
+    def __init__(self, names: Mapping[int, str], ranges: Mapping[str, Range], observe: bool):
+        super().__init__()
+        self.program = Program()
+        self.names, self.ranges, self.observe = names, ranges, observe
+        self.observers: list[Node] = []
+        self.parameters: list[Node] = []
+        self.nodes: dict[int, Any] = {}  # stand-in -> node
+        self.slots: dict[int, Slot] = {}  # stand-in -> host value
+        self.doubled: dict[int, Tensor] = {}
+        self.linears: dict[int, Any] = {}
+        self.kept: list[Any] = []  # a stand-in is known by its id, which must stay its own
+        self.shapes: dict[int, Tensor] = {}  # constant -> its shape alone
+
+    # Values.
+
+    def input(self, tensor: Tensor, number: int, on_host: bool) -> Tensor:
+        """The stand-in of an argument."""
+        stand_in = shape_of(tensor)
+        if on_host:
+            self.program.host_inputs[number] = self._new_slot(stand_in).index
+        else:
+            self.nodes[id(stand_in)] = self._parameter(tensor.shape, number)
+        self.kept.append(stand_in)
+        return stand_in
+
+    def _parameter(self, shape: Sequence[int], source: int | Slot) -> Node:
+        self.parameters.append(ops.parameter(list(shape), Type.f32))
+        self.program.inputs.append(source)
+        return self.parameters[-1]
+
+    def _new_slot(self, stand_in: Tensor) -> Slot:
+        slot = self.slots[id(stand_in)] = Slot(len(self.slots))
+        return slot
+
+    def known(self, value: Any) -> bool:
+        """Whether ``value`` stands for something that is computed in each call."""
+        return isinstance(value, Tensor) and (id(value) in self.nodes or id(value) in self.slots)
+
+    def node(self, tensor: Any) -> Node:
+        """The float32 node that holds ``tensor``."""
+        key = id(tensor)
+        if key not in self.nodes:
+            self.kept.append(tensor)
+            if key in self.slots:
+                self.nodes[key] = self._parameter(tensor.shape, self.slots[key])
+            else:
+                self.nodes[key] = self.constant(tensor)
+        return self.nodes[key]
+
+    def constant(self, tensor: Tensor) -> Node:
+        """A float32 node that shares the memory of ``tensor`` if it can."""
+        tensor = tensor.detach().contiguous()
+        self.program.memory.append(tensor)
+        node = Constant(shared_memory(tensor), shared_memory=True)
+        return node if tensor.dtype in (torch.float32, torch.int64) else ops.convert(node, "f32")
+
+    def layer(self, x: Tensor, weight: Tensor, axis: int, name: str, turned: bool = False) -> tuple[Node, Node]:
+        """The input and the weight of a convolution or linear layer, in 8 bits if its range is known.
+
+        Args:
+            x: its input.
+            weight: (C_out, C_in, …).
+            axis: that of the input's channels.
+            name: the layer's.
+            turned: give the weight as (C_in, C_out, …).
+        """
+        node = self.node(x)
+        if self.observe and name and name not in self.program.observed:
+            axes = ints(*(i for i in range(x.ndim) if i != axis % x.ndim))
+            self.program.observed.append(name)
+            self.observers += [ops.reduce_min(node, axes, False), ops.reduce_max(node, axes, False)]
+        found = self.ranges.get(name)
+        if found is None:
+            return node, self.constant(weight.transpose(0, 1)) if turned else self.node(weight)
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        smooth, low, high = found.smoothed(weight)
+        bounds = [self.constant((bound * smooth).view(shape)) for bound in (low, high)]
+        limits = [self.constant(bound.view([1] * x.ndim)) for bound in (low, high)]
+        whole, scale = eight_bits(weight, smooth)
+        if turned:
+            whole, scale = whole.transpose(0, 1), scale.transpose(0, 1)
+        # Bounds a channel on the way in and one for all on the way out divide by ``smooth`` in passing.
+        return (
+            ops.fake_quantize(node, *bounds, *limits, LEVELS),
+            ops.multiply(self.constant(whole), self.constant(scale)),
+        )
+
+    def _shape_alone(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "meta":
+            return tensor
+        if id(tensor) not in self.shapes:
+            self.shapes[id(tensor)] = shape_of(tensor)
+            self.kept.append(tensor)
+        return self.shapes[id(tensor)]
+
+    # One operation.
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if name == "__get__":  # shape, dtype, device, …
+            return func(*args, **kwargs)
+        if not any(map(self.known, given)):
+            # Made from constants alone. What was asked for on a stand-in's device is wanted for real.
+            if torch.device("meta") == kwargs.get("device"):
+                kwargs = {**kwargs, "device": "cpu"}
+            return func(*args, **kwargs)
+        if all(id(tensor) in self.slots for tensor in given if self.known(tensor)):
+            return self._note(func, args, kwargs)
+        return self._emit(name, func, args, kwargs)
+
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(Tensor, self._shape_alone, (args, kwargs))
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": "meta"}
+        return map_tensors(func(*args, **kwargs), lambda result: result if is_plain(result) else shape_of(result))
+
+    def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = self._result(func, args, kwargs)
+        if not isinstance(result, Tensor):
+            return result
+        if id(result) in self.slots:
+            return result
+        args, kwargs = tree_map_only(Tensor, lambda tensor: self.slots.get(id(tensor), tensor), (args, kwargs))
+        self.program.host_calls.append(HostCall(func, args, kwargs, self._new_slot(result).index))
+        self.kept.append(result)
+        return result
+
+    def _emit(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        result = self._result(func, args, kwargs)
+        if isinstance(result, Tensor) and id(result) in self.nodes:
+            return result  # a conversion to what it was already
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            return result
+        emit = EMITTERS.get(name)
+        if emit is None:
+            raise Unsupported(f"there is no node for {name}")
+        nodes = emit(self, result, *args, **kwargs)
+        results = [result] if isinstance(result, Tensor) else result
+        for tensor, node in zip(results, [nodes] if isinstance(result, Tensor) else nodes, strict=True):
+            self.nodes[id(tensor)] = node
+            self.kept.append(tensor)
+        return result
+
+    def finish(self, result: Any) -> Program:
+        """The program whose call returns what ``result`` stands for."""
+        leaves, self.program.structure = tree_flatten(result)
+        results = [*map(self.node, leaves), *self.observers]
+        self.program.graph = Graph([ops.result(node) for node in results], self.parameters)  # pyright: ignore[reportGeneralTypeIssues]
+        return self.program
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor may be a stand-in: nodes are float32 whatever the weights are stored in."""
+    return tensor.dtype == torch.float32 or not tensor.is_floating_point()
+
+
+def shape_of(tensor: Tensor) -> Tensor:
+    """A stand-in of the shape of ``tensor``."""
+    return torch.empty_like(tensor, device="meta", dtype=tensor.dtype if is_plain(tensor) else torch.float32)
+
+
+def shared_memory(tensor: Tensor) -> Memory:
+    """OpenVINO's view of a contiguous tensor."""
+    if tensor.dtype == torch.bfloat16:  # numpy has no such type
+        return Memory(tensor.view(torch.int16).numpy(), list(tensor.shape), Type.bf16)
+    return Memory(tensor.numpy(), shared_memory=True)

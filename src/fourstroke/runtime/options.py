@@ -1,0 +1,122 @@
+"""How networks run: the one value that says it, and the function that puts it onto them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import openvino
+from .compile import compile_, uncompile_
+from .cudagraph import cudagraph_, uncudagraph_
+from .memory_format import channels_last_
+from .quantize import Range
+
+BACKENDS = ("auto", "eager", "compile", "cudagraph", "openvino")
+QUANTIZATIONS = ("int8",)
+VAES = ("full", "tiny", "tiled")
+WIDE = 256
+"""Channels of a UNet's first level from which on it takes longer to run than to compile for OpenVINO."""
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a pipeline's networks run; none of it changes what they compute, beyond rounding.
+
+    Attributes:
+        backend: ``"eager"`` is torch as it is; ``"openvino"`` runs UNet, ControlNets and autoencoder with OpenVINO, in
+            bfloat16 where the CPU has it; ``"compile"`` with torch.compile; ``"cudagraph"`` replays CUDA graphs.
+            ``"auto"`` is ``"openvino"`` for large models on a CPU, if it is installed, ``"cudagraph"`` on an NVIDIA
+            GPU, and ``"eager"`` elsewhere.
+        quantize: ``"int8"`` runs the UNet in 8 bits (OpenVINO only), after a calibration on some pictures, once a
+            model.
+        vae: ``"tiny"`` decodes with the family's tiny autoencoder, ``"tiled"`` in overlapping tiles.
+        offload: let networks wait in the computer's memory while they do not work on the GPU.
+    """
+
+    backend: str = field(default="auto", metadata={"choices": BACKENDS})
+    quantize: str | None = field(default=None, metadata={"choices": QUANTIZATIONS})
+    vae: str = field(default="full", metadata={"choices": VAES})
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("backend", BACKENDS), ("quantize", (None, *QUANTIZATIONS)), ("vae", VAES)):
+            value = getattr(self, name)
+            if value not in choices:
+                known = ", ".join(repr(choice) for choice in choices)
+                raise ValueError(f"{name} is {value!r}; it is one of {known}.")
+        if self.quantize and self.backend not in ("auto", "openvino"):
+            raise ValueError(f"quantize={self.quantize!r} needs backend='openvino'; backend is {self.backend!r}.")
+
+    def resolved(self, device: torch.device, channels: int) -> RuntimeOptions:
+        """These options with a backend that is not ``"auto"``.
+
+        Args:
+            device: where the networks are to run.
+            channels: of the UNet's first level; small networks are done before a graph is compiled.
+
+        Raises:
+            ValueError: what is asked for does not run on this device.
+            ImportError: OpenVINO is asked for and not installed.
+        """
+        backend = self.backend
+        if backend == "auto" and device.type == "cuda" and not self.offload:
+            backend = "cudagraph"
+        elif backend == "auto" and device.type == "cpu" and openvino.available():
+            backend = "openvino" if channels >= WIDE or self.quantize else "eager"
+        elif backend == "auto":
+            backend = "eager"
+        if (backend == "openvino" or self.quantize) and device.type != "cpu":
+            raise ValueError(f"backend 'openvino' (and quantize) run on the CPU; the device is {str(device)!r}.")
+        if backend == "cudagraph" and device.type != "cuda":
+            raise ValueError(f"backend 'cudagraph' needs an NVIDIA GPU; the device is {str(device)!r}.")
+        if (backend == "openvino" or self.quantize) and not openvino.available():
+            raise ImportError("The backend 'openvino' needs OpenVINO: pip install 'fourstroke[cpu]'.")
+        if self.offload and device.type == "cpu":
+            raise ValueError("offload moves networks to a GPU while they work, and the device is 'cpu'.")
+        return replace(self, backend="openvino" if self.quantize else backend)
+
+
+def run_with_(
+    networks: Iterable[nn.Module],
+    backend: str,
+    *,
+    precision: str | None = None,
+    ranges: Mapping[str, Range] | None = None,
+) -> None:
+    """Let networks run with ``backend``; whatever ran them before is undone first.
+
+    Args:
+        networks: UNet, ControlNets, autoencoders; of these encoder and decoder are what runs.
+        backend: one of `BACKENDS` but ``"auto"``; ``"eager"`` is how they were built.
+        precision: of OpenVINO; by default the best one that the CPU has.
+        ranges: layers that OpenVINO runs in 8 bits.
+
+    Raises:
+        ValueError: there is no such backend.
+        ImportError: OpenVINO is not installed.
+    """
+    if backend not in BACKENDS or backend == "auto":
+        raise ValueError(f"backend is {backend!r}; it is one of {', '.join(BACKENDS[1:])}.")
+    for part in (part for network in networks for part in parts_of(network)):
+        for undo in (openvino.unopenvino_, uncompile_, uncudagraph_):
+            undo(part)
+        if backend == "openvino":
+            openvino.openvino_(part, precision or openvino.best_precision(), ranges)
+        elif backend == "compile":
+            # Without a compiler torch's GroupNorm turns every feature map back, and nothing is won.
+            channels_last_(part)
+            compile_(part)
+        elif backend == "cudagraph":
+            cudagraph_(part)
+
+
+def parts_of(network: Any) -> list[nn.Module]:
+    """What of a network is run by a backend: an autoencoder's encoder and decoder, or all of it, or each of several."""
+    if hasattr(network, "decoder"):
+        return [network.encoder, network.decoder]
+    nets = getattr(network, "nets", None)
+    return [network] if nets is None else [*nets]

@@ -1,0 +1,85 @@
+"""Eight bits: what convolutions and linear layers are rounded to, and how that is kept small.
+
+Weights are symmetric, a scale an output channel. Activations have one range a layer, taken from the model's own
+trajectories; where some channels are far larger than others, part of that is moved into the weights (SmoothQuant, Xiao
+et al. 2023, arXiv 2211.10438).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..loading import open_tensors, save_tensors
+
+LAYERS = (nn.Conv2d, nn.Linear)
+LEVELS = 256
+SMOOTHING = 0.5
+"""How much of the channels' differences goes into the weights; alpha of SmoothQuant's equation 4."""
+
+
+class Range(NamedTuple):
+    """The least and the greatest value that each input channel of a layer takes, both (C,) float32."""
+
+    low: Tensor
+    high: Tensor
+
+    def joined(self, other: Range) -> Range:
+        """The range that holds both."""
+        return Range(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
+
+    def smoothed(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors s of the channels, (C,), with the least and the greatest value, (), of the channels divided by s.
+
+        ``weight`` (C_out, C, …) is to be multiplied by s; s = max|x|^a / max|w|^(1 - a), around 1.
+        """
+        size = torch.maximum(self.low.abs(), self.high.abs()).clamp(min=1e-6)
+        weights = weight.detach().float().abs().amax(dim=[i for i in range(weight.ndim) if i != 1]).clamp(min=1e-6)
+        smooth = size**SMOOTHING / weights ** (1 - SMOOTHING)
+        smooth = smooth / smooth.log().mean().exp()
+        low, high = (self.low / smooth).min().clamp(max=0), (self.high / smooth).max().clamp(min=1e-6)
+        # Zero is one of the levels: convolutions pad with it, and a zero point must be a whole number.
+        step = (high - low) / (LEVELS - 1)
+        below = (-low / step).round()
+        return smooth, -below * step, (LEVELS - 1 - below) * step
+
+
+def eight_bits(weight: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (C_out, C, …), its input channels times ``smooth`` (C,), as int8 and scales (C_out, 1, …) in float32."""
+    wide = weight.detach().to(torch.float32, copy=True).mul_(smooth.view(1, -1, *[1] * (weight.ndim - 2)))
+    low, high = wide.flatten(1).aminmax(dim=1)
+    scale = torch.maximum(-low, high).clamp(min=1e-12).view(-1, *[1] * (weight.ndim - 1)) / 127
+    return wide.div_(scale).round_().to(torch.int8), scale
+
+
+def in_eight_bits(ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """Those of a UNet's layers that are worth it: all but the first and the last, which few colours depend on."""
+    return {name: found for name, found in ranges.items() if not name.startswith(("conv_in", "conv_out"))}
+
+
+def fingerprint(files: Iterable[Path], *more: object) -> str:
+    """A name for what ``files`` hold (told by their sizes and times) and ``more``: 32 hexadecimal digits."""
+    told = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(set(files))]
+    return hashlib.sha256(repr((told, more)).encode()).hexdigest()[:32]
+
+
+def save_ranges(path: Path, ranges: Mapping[str, Range]) -> None:
+    """Write ``ranges`` as a .safetensors file, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(
+        path, {f"{name}.{end}": getattr(found, end) for name, found in ranges.items() for end in Range._fields}
+    )
+
+
+def load_ranges(path: Path) -> dict[str, Range] | None:
+    """What `save_ranges` wrote; None when it did not."""
+    if not path.is_file():
+        return None
+    file = open_tensors(path)
+    names = dict.fromkeys(key.rpartition(".")[0] for key in file.keys())  # noqa: SIM118 - not a mapping
+    return {name: Range(*(file.get_tensor(f"{name}.{end}").clone() for end in Range._fields)) for name in names}
