@@ -5,13 +5,12 @@ Each process starts Python, imports, loads the model and the LCM-LoRA, paints fo
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from timing import interleave, python, report, versions
+from timing import arguments, interleave, python, report
 
 from fourstroke import hub
 
@@ -29,10 +28,7 @@ pipe("a red fox", num_inference_steps=4, guidance_scale=1.0, generator=generator
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = arguments(__doc__, repeats=7).parse_args()
     base, lora = (hub.ZOO / "emoji" / name for name in ("base", "lcm-lora"))
     with tempfile.TemporaryDirectory() as folder:
         outputs = {name: Path(folder) / f"{name}.png" for name in ("diffusers", "fourstroke")}
@@ -41,10 +37,9 @@ def main() -> None:
             for name, output in outputs.items()
         }
         env = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-        seconds = interleave(commands, options.repeats, env)
+        seconds = interleave(commands, 1 if options.tiny else options.repeats, env)
         ours, theirs = (np.asarray(Image.open(outputs[name]), dtype=int) for name in ("fourstroke", "diffusers"))
-    packages = versions("torch", "fourstroke", "diffusers", "transformers", "peft")
-    report("first_picture", seconds, packages, options.threads)
+    report("first_picture", seconds, options)
     print(f"  largest difference of the two pictures: {abs(ours - theirs).max()} / 255")
 
 

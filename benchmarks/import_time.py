@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
-from timing import interleave, python, report, versions
+from timing import arguments, interleave, python, report
 
 COMMANDS = {
     "torch": "import torch",
@@ -14,13 +12,10 @@ COMMANDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = arguments(__doc__, repeats=9).parse_args()
     commands = {name: python(script) for name, script in COMMANDS.items()}
-    seconds = interleave(commands, options.repeats, {"OMP_NUM_THREADS": str(options.threads)})
-    report("import_time", seconds, versions("torch", "fourstroke", "diffusers", "transformers"), options.threads)
+    env = {"OMP_NUM_THREADS": str(options.threads)}
+    report("import_time", interleave(commands, 1 if options.tiny else options.repeats, env), options)
 
 
 if __name__ == "__main__":

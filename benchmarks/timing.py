@@ -1,7 +1,12 @@
-"""Whole commands side by side: interleaved runs, medians, and a row in a CSV file for each comparison."""
+"""What all benchmarks share: medians, interleaved commands, and the one writer of tables.
+
+Every benchmark is a list of rows. `write` puts them into ``results/{benchmark}.csv``, where they replace those of its
+last run, and draws all such files as Markdown tables in ``results/README.md``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import os
@@ -13,8 +18,23 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "fourstroke", "diffusers", "transformers", "peft", "openvino", "openvino-genai", "nncf")
+# Columns that say where and when: one line above a table.
+CIRCUMSTANCES = ("date", "threads", "machine", "versions")
+Row = dict[str, Any]
+
+
+def arguments(description: str | None, repeats: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"measured runs of each; default {repeats}")
+    parser.add_argument("--threads", type=int, default=2, help="of each process; default 2")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables; default results/")
+    parser.add_argument("--tiny", action="store_true", help="one run of tiny models: does it work?")
+    return parser
 
 
 def interleave(commands: Mapping[str, Sequence[str]], repeats: int, env: Mapping[str, str]) -> dict[str, list[float]]:
@@ -47,25 +67,50 @@ def versions(*packages: str) -> str:
     return ", ".join(found)
 
 
-def report(benchmark: str, seconds: Mapping[str, Sequence[float]], packages: str, threads: int) -> None:
-    """Print the medians and append them to ``results/{benchmark}.csv``; ratios are to the first command."""
+def summary(seconds: Sequence[float], base: float | None = None) -> Row:
+    """Median and spread of some runs, and the ratio of the median to ``base``, that of what they are held against."""
+    median = statistics.median(seconds)
+    row: Row = {"median_s": round(median, 5), "min_s": round(min(seconds), 5), "max_s": round(max(seconds), 5)}
+    row |= {"runs": len(seconds), "ratio": round(median / (base or median), 4)}
+    return row
+
+
+def report(benchmark: str, seconds: Mapping[str, Sequence[float]], options: argparse.Namespace) -> None:
+    """Print and write the medians of interleaved commands; ratios are to the first command."""
     base = statistics.median(next(iter(seconds.values())))
-    print(f"{benchmark}: {packages}, {threads} threads, {len(next(iter(seconds.values())))} runs each")
-    path = RESULTS / f"{benchmark}.csv"
-    path.parent.mkdir(exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(
-                ["date", "command", "median_s", "min_s", "max_s", "runs", "ratio", "threads", "machine", "versions"]
-            )
-        for name, values in seconds.items():
-            median = statistics.median(values)
-            print(f"  {name:<24} {median:7.3f} s  ({min(values):.3f} to {max(values):.3f})  x{median / base:.2f}")
-            row = [f"{median:.4f}", f"{min(values):.4f}", f"{max(values):.4f}", len(values), f"{median / base:.3f}"]
-            date = datetime.date.today().isoformat()
-            writer.writerow([date, name, *row, threads, machine(), packages])
+    write(benchmark, [{"command": name} | summary(values, base) for name, values in seconds.items()], options)
+
+
+def write(benchmark: str, rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Print ``rows``, write them to ``{benchmark}.csv`` and draw all tables of that folder anew."""
+    where: Row = {"date": datetime.date.today().isoformat(), "threads": options.threads}
+    where |= {"machine": machine(), "versions": versions(*PACKAGES)}
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    folder: Path = options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{benchmark}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *where])
+        writer.writeheader()
+        writer.writerows({**row, **where} for row in rows)
+    print("\n".join(section(folder / f"{benchmark}.csv")), flush=True)
+    intro = "# Results\n\nWritten by the benchmarks; `make bench` runs all of them.\n"
+    tables = ["\n".join(section(path)) for path in sorted(folder.glob("*.csv"))]
+    (folder / "README.md").write_text("\n".join([intro, *tables]))
+
+
+def section(path: Path) -> list[str]:
+    """A CSV file as the lines of a Markdown section: where it was measured, the table, and a plot if there is one."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    where = {name: sorted({row.get(name) or "-" for row in rows}) for name in CIRCUMSTANCES}
+    columns = [name for name in rows[0] if name not in CIRCUMSTANCES]
+    lines = [f"## {path.stem}", "", f"{'; '.join(where['machine'])}, {', '.join(where['threads'])} threads, "]
+    lines[-1] += f"{', '.join(where['date'])}. {'; '.join(where['versions'])}."
+    lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(row[name] or '' for name in columns)} |" for row in rows]
+    if path.with_suffix(".png").exists():
+        lines += ["", f"![{path.stem}]({path.stem}.png)"]
+    return [*lines, ""]
 
 
 def machine() -> str:
