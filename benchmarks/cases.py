@@ -72,13 +72,10 @@ class Peer:
     options: Mapping[str, Any] = field(default_factory=dict)
     tasks: frozenset[str] = EVERYTHING
     tiny_vae: bool = True
-    xl: bool = True
-    packages: tuple[str, ...] = ()
 
     def can(self, case: Case) -> bool:
         """Whether it can paint the case at all."""
-        xl = case.model in ("sdxl", "tiny-xl")
-        return case.task in self.tasks and (self.tiny_vae or not case.tiny_vae) and (self.xl or not xl)
+        return case.task in self.tasks and (self.tiny_vae or not case.tiny_vae)
 
 
 def ours(dtype: str, **runtime: Any) -> Peer:
@@ -94,8 +91,9 @@ PEERS: dict[str, Peer] = {
     "openvino-fp32": Peer("openvino_diffusers", {"precision": "f32"}, TEXT),
     "openvino-bf16": Peer("openvino_diffusers", {"precision": "bf16"}, TEXT),
     "openvino-genai": Peer("openvino_genai_pipeline", {"precision": "bf16"}, TEXT, tiny_vae=False),
-    "sdcpp-q8_0": Peer("sdcpp", {"wtype": "q8_0"}, TEXT),
-    "sdcpp-q4_0": Peer("sdcpp", {"wtype": "q4_0"}, TEXT),
+    "sdcpp-q8_0": Peer("sdcpp", {"wtype": "q8_0", "conv_direct": False}, TEXT),
+    "sdcpp-q8_0-direct": Peer("sdcpp", {"wtype": "q8_0", "conv_direct": True}, TEXT),
+    "sdcpp-q4_0": Peer("sdcpp", {"wtype": "q4_0", "conv_direct": False}, TEXT),
     "fourstroke": Peer("ours", {"dtype": None}),
     "fourstroke-fp32": ours("float32", backend="eager"),
     "fourstroke-bf16": ours("bfloat16", backend="eager"),

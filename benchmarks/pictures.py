@@ -144,7 +144,7 @@ def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> l
             alone = {REFERENCE: (PEERS[REFERENCE].module, case.job(PEERS[REFERENCE].options, options.cache, "cpu"))}
             take_turns(alone, changes[:1], options)
         for name, row in rows.items():
-            row |= closeness(Path(folder), name)
+            row |= closeness(Path(folder), case, name)
             row["note"] = row.pop("note", None)  # the last column
     first = next((row["median_s"] for row in rows.values() if "median_s" in row), None)
     for row in rows.values():
@@ -173,10 +173,11 @@ def row_of(case: Case, name: str, answers: Any, base: float | None) -> Row:
     return row | {"peak_mb": round(max(answer["memory"] for answer in answers) / 2**20)}
 
 
-def closeness(folder: Path, name: str) -> Row:
-    """PSNR and SSIM of a peer's first picture to the reference's."""
+def closeness(folder: Path, case: Case, name: str) -> Row:
+    """PSNR and SSIM of a peer's first pictures to the reference's, where they began with the same noise."""
     files = folder / f"{name}.npy", folder / f"{REFERENCE}.npy"
-    if name.startswith("sdcpp") or not all(file.exists() for file in files):  # sd.cpp draws noise of its own
+    other_noise = name.startswith("sdcpp") or name == "openvino-genai" and case.batch > 1
+    if other_noise or not all(file.exists() for file in files):
         return {"psnr_db": None, "ssim": None}
     first, second = (np.load(file).astype(np.float64) for file in files)
     return {"psnr_db": round(psnr(first, second), 2), "ssim": round(ssim(first, second), 4)}
