@@ -14,6 +14,7 @@ are told apart:
 from __future__ import annotations
 
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from .calls import Arguments, map_tensors, tensors_in
 from .nodes import EMITTERS, Unsupported, ints
 from .quantize import LAYERS, LEVELS, Range, eight_bits
+
+READERS = frozenset(
+    ("item", "tolist", "numpy", "allclose", "__bool__", "__int__", "__float__", "__index__", "__array__")
+)
+"""Functions that make of a tensor's values something that is none."""
+
+WRITERS = frozenset(("__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"))
+"""Functions that change their first argument, but those whose names tell it (``add_``, which ``+=`` is too)."""
 
 
 class Slot(NamedTuple):
@@ -112,9 +121,9 @@ def trace(
     on_host = {id(tensor) for name in host for tensor in tensors_in(given.get(name))}
     names = {id(part.weight): name for name, part in network.named_modules() if isinstance(part, LAYERS)}
     tracer = Tracer(names, ranges or {}, observe)
-    tensors = [*tensors_in(arguments)]
-    stand_ins = {id(tensor): tracer.input(tensor, i, id(tensor) in on_host) for i, tensor in enumerate(tensors)}
-    args, kwargs = map_tensors(arguments, lambda tensor: stand_ins[id(tensor)])
+    # In order, not by id: a tensor that is given twice in this call may be two in the next.
+    numbers = itertools.count()
+    args, kwargs = map_tensors(arguments, lambda tensor: tracer.input(tensor, next(numbers), id(tensor) in on_host))
     with torch.no_grad(), tracer:
         return tracer.finish(function(*args, **kwargs))
 
@@ -168,6 +177,8 @@ class Tracer(TorchFunctionMode):
 
     def node(self, tensor: Any) -> Node:
         """The float32 node that holds ``tensor``."""
+        if not isinstance(tensor, Tensor):
+            raise Unsupported(f"{tensor!r} stands where only a tensor has a node")
         key = id(tensor)
         if key not in self.nodes:
             self.kept.append(tensor)
@@ -179,10 +190,11 @@ class Tracer(TorchFunctionMode):
 
     def constant(self, tensor: Tensor) -> Node:
         """A float32 node that shares the memory of ``tensor`` if it can."""
+        refuse_lost(tensor)
         tensor = tensor.detach().contiguous()
         self.program.memory.append(tensor)
         node = Constant(shared_memory(tensor), shared_memory=True)
-        return node if tensor.dtype in (torch.float32, torch.int64) else ops.convert(node, "f32")
+        return node if tensor.dtype == torch.float32 else ops.convert(node, "f32")
 
     def layer(self, x: Tensor, weight: Tensor, axis: int, name: str, turned: bool = False) -> tuple[Node, Node]:
         """The input and the weight of a convolution or linear layer, in 8 bits if its range is known.
@@ -237,19 +249,32 @@ class Tracer(TorchFunctionMode):
             if torch.device("meta") == kwargs.get("device"):
                 kwargs = {**kwargs, "device": "cpu"}
             return func(*args, **kwargs)
+        if name in READERS:
+            raise Unsupported(f"{name} reads values, which a graph has not before it runs")
+        if in_place(name, kwargs):
+            raise Unsupported(f"{name} writes into a tensor")
+        for tensor in given:
+            if not self.known(tensor):
+                refuse_lost(tensor)
         if all(id(tensor) in self.slots for tensor in given if self.known(tensor)):
-            return self._note(func, args, kwargs)
+            return self._note(name, func, args, kwargs)
         return self._emit(name, func, args, kwargs)
 
-    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _result(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = tree_map_only(Tensor, self._shape_alone, (args, kwargs))
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": "meta"}
-        return map_tensors(func(*args, **kwargs), lambda result: result if is_plain(result) else shape_of(result))
+        try:
+            result = func(*args, **kwargs)
+        except NotImplementedError as error:
+            raise Unsupported(f"{name} does not run on shapes alone") from error
+        return map_tensors(result, lambda tensor: tensor if is_plain(tensor) else shape_of(tensor))
 
-    def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
-        result = self._result(func, args, kwargs)
+    def _note(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        result = self._result(name, func, args, kwargs)
         if not isinstance(result, Tensor):
+            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+                raise Unsupported(f"{name} makes several tensors of what depends on the timestep alone")
             return result
         if id(result) in self.slots:
             return result
@@ -259,7 +284,7 @@ class Tracer(TorchFunctionMode):
         return result
 
     def _emit(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        result = self._result(func, args, kwargs)
+        result = self._result(name, func, args, kwargs)
         if isinstance(result, Tensor) and id(result) in self.nodes:
             return result  # a conversion to what it was already
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
@@ -267,6 +292,10 @@ class Tracer(TorchFunctionMode):
         emit = EMITTERS.get(name)
         if emit is None:
             raise Unsupported(f"there is no node for {name}")
+        try:
+            inspect.signature(emit).bind(self, result, *args, **kwargs)
+        except TypeError as error:
+            raise Unsupported(f"there is no node for this call of {name}: {error}") from error
         nodes = emit(self, result, *args, **kwargs)
         results = [result] if isinstance(result, Tensor) else result
         for tensor, node in zip(results, [nodes] if isinstance(result, Tensor) else nodes, strict=True):
@@ -280,6 +309,23 @@ class Tracer(TorchFunctionMode):
         results = [*map(self.node, leaves), *self.observers]
         self.program.graph = Graph([ops.result(node) for node in results], self.parameters)  # pyright: ignore[reportGeneralTypeIssues]
         return self.program
+
+
+def in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function of torch's changes one of its arguments: a node could not, and others may have seen it."""
+    if kwargs.get("inplace") or kwargs.get("out") is not None:
+        return True
+    return name in WRITERS or (name.endswith("_") and not name.endswith("__"))
+
+
+def refuse_lost(tensor: Tensor) -> None:
+    """Raise unless a tensor that is no stand-in has values.
+
+    Raises:
+        Unsupported: it has none: something made it of a stand-in unseen.
+    """
+    if tensor.is_meta:
+        raise Unsupported(f"a tensor of the shape {tuple(tensor.shape)} comes from something that has no node")
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -29,6 +29,10 @@ PHASES = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 width 4 and stride 2 in front of it: 16 multiplications a pixel in place of 36."""
 
 
+PADDINGS: Mapping[str, str] = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+"""Modes of padding: torch's names -> OpenVINO's."""
+
+
 class Unsupported(NotImplementedError):
     """The network does something that has no node here; the caller lets torch run it."""
 
@@ -124,10 +128,11 @@ def statistics(rows: int, channels: int, pixels: int, groups: int, eps: float) -
         for value, size in zip(parameters, (rows, rows, 1, 1), strict=True)
     )
     mean = ops.reduce_mean(mean, ints(2), True)
-    square = ops.divide(ops.reduce_mean(ops.multiply(norm, norm), ints(2), True), scalar(pixels))
-    variance = ops.relu(ops.subtract(square, ops.multiply(mean, mean)))
+    minus = ops.multiply(mean, scalar(-1))
+    square = ops.reduce_mean(ops.multiply(ops.multiply(norm, scalar(1 / pixels)), norm), ints(2), True)
+    variance = ops.relu(ops.add(square, ops.multiply(mean, minus)))
     scale = ops.multiply(ops.power(ops.add(variance, scalar(eps)), scalar(-0.5)), weight)
-    shift = ops.subtract(bias, ops.multiply(mean, scale))
+    shift = ops.add(bias, ops.multiply(minus, scale))
     graph = Graph([ops.result(scale), ops.result(shift)], parameters)  # pyright: ignore[reportGeneralTypeIssues]
     for node in graph.get_ops():
         if node.get_type_name() not in ("Parameter", "Constant", "Result"):
@@ -148,8 +153,8 @@ def _layer_norm(
 
 def _attention(t: Tracer, out: Tensor, q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0,
                is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Any:  # fmt: skip
-    if attn_mask is not None or enable_gqa:
-        raise Unsupported("attention with a mask or shared heads")
+    if attn_mask is not None or enable_gqa or dropout_p or scale is not None:
+        raise Unsupported("attention with a mask, shared heads, dropout or a scale of its own")
     return ops.scaled_dot_product_attention(t.node(q), t.node(k), t.node(v), causal=is_causal)
 
 
@@ -168,8 +173,10 @@ def _interpolate(
 
 def _pad(t: Tracer, out: Tensor, x: Any, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Any:
     sides = [(0, 0)] * (x.ndim - len(pad) // 2) + [(pad[i], pad[i + 1]) for i in range(len(pad) - 2, -1, -2)]
+    if mode not in PADDINGS:
+        raise Unsupported(f"padding of the mode {mode!r}")
     before, after = (ints(*(side[i] for side in sides)) for i in (0, 1))
-    return ops.pad(t.node(x), before, after, mode, scalar(value or 0))
+    return ops.pad(t.node(x), before, after, PADDINGS[mode], scalar(value or 0))
 
 
 def _cat(t: Tracer, out: Tensor, tensors: Sequence[Any], dim: int = 0) -> Any:
@@ -221,7 +228,7 @@ def _getitem(t: Tracer, out: Tensor, x: Any, index: Any) -> Any:
 
 
 def _binary(make: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:
-    def emit(t: Tracer, out: Tensor, a: Any, b: Any, **_: Any) -> Any:
+    def emit(t: Tracer, out: Tensor, a: Any, b: Any) -> Any:
         first, second = (value if isinstance(value, (int, float)) else t.node(value) for value in (a, b))
         first, second = (scalar(v) if isinstance(v, (int, float)) else v for v in (first, second))
         return make(second, first) if swapped else make(first, second)
@@ -230,7 +237,17 @@ def _binary(make: Callable[..., Any], swapped: bool = False) -> Callable[..., An
 
 
 def _unary(make: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda t, out, x, *_, **__: make(t.node(x))
+    return lambda t, out, x, inplace=False: make(t.node(x))
+
+
+def _gelu(t: Tracer, out: Tensor, x: Any, approximate: str = "none") -> Any:
+    return ops.gelu(t.node(x), "tanh" if approximate == "tanh" else "erf")
+
+
+def _cast(t: Tracer, out: Tensor, x: Any, *_: Any, **__: Any) -> Any:
+    if not out.is_floating_point():
+        raise Unsupported(f"a conversion to {out.dtype}")
+    return t.node(x)
 
 
 def _mean(t: Tracer, out: Tensor, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
@@ -274,8 +291,8 @@ EMITTERS: Mapping[str, Callable[..., Any]] = {
     "relu": _unary(ops.relu),
     "tanh": _unary(ops.tanh),
     "sigmoid": _unary(ops.sigmoid),
-    "gelu": _unary(lambda x: ops.gelu(x, "erf")),
-    "to": _unary(lambda x: x),
-    "float": _unary(lambda x: x),
-    "contiguous": _unary(lambda x: x),
+    "gelu": _gelu,
+    "to": _cast,
+    "float": _cast,
+    "contiguous": _cast,
 }

@@ -5,8 +5,9 @@
     openvino_(unet)          # compiles when a shape comes for the first time
     unopenvino_(unet)        # the off switch
 
-The network keeps its weights, and whatever changes them in place (LoRAs above all) acts at the next call. What OpenVINO
-cannot run, torch runs. This is the edge at which OpenVINO is imported: ``pip install fourstroke[cpu]``.
+The network keeps its weights, and whatever changes them in place (LoRAs above all) acts at the next call; only writes
+through ``parameter.data``, which torch does not count, go unnoticed. What OpenVINO cannot run, torch runs. This is the
+edge at which OpenVINO is imported: ``pip install fourstroke[cpu]``.
 """
 
 from __future__ import annotations
@@ -73,11 +74,18 @@ class Accelerated(Forward):
         """One evaluation; the arguments and the result are those of the network's own forward."""
         network, arguments = self.network, self.arguments(args, kwargs)
         tensors = [*tensors_in(arguments)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *network.parameters())):
             return self.plain(arguments)
         if network_device(network).type != "cpu":
             return self.plain(arguments)
         weights = weight_places(network), versions(network)
+        if weights[1] is None:
+            warnings.warn(
+                f"{type(network).__name__} runs in torch, without OpenVINO: its weights were made in "
+                "torch.inference_mode, where changes of them go unnoticed. Load the model outside of it.",
+                stacklevel=3,
+            )
+            return self.plain(arguments)
         if weights != self._weights:
             self._compiled.clear()
             self._weights = weights
@@ -212,9 +220,12 @@ def best_precision() -> str:
     return "bf16" if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
 
 
-def versions(network: nn.Module) -> tuple[int, ...]:
-    """How often each parameter was written in place."""
-    return tuple(0 if value.is_inference() else value._version for value in network.parameters())
+def versions(network: nn.Module) -> tuple[int, ...] | None:
+    """How often each parameter was written in place; None where torch does not count (`torch.inference_mode`)."""
+    parameters = [*network.parameters()]
+    if any(value.is_inference() for value in parameters):
+        return None
+    return tuple(value._version for value in parameters)
 
 
 def network_device(network: nn.Module) -> torch.device:
