@@ -14,6 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +33,9 @@ def arguments(description: str | None, repeats: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=repeats, help=f"measured runs of each; default {repeats}")
     parser.add_argument("--threads", type=int, default=2, help="of each process; default 2")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables; default results/")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the tables; default results/ (a temporary one with --tiny)"
+    )
     parser.add_argument("--tiny", action="store_true", help="one run of tiny models: does it work?")
     return parser
 
@@ -86,8 +89,7 @@ def write(benchmark: str, rows: Sequence[Row], options: argparse.Namespace) -> N
     where: Row = {"date": datetime.date.today().isoformat(), "threads": options.threads}
     where |= {"machine": machine(), "versions": versions(*PACKAGES)}
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    folder: Path = options.output
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_of(options)
     with (folder / f"{benchmark}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*columns, *where])
         writer.writeheader()
@@ -96,6 +98,14 @@ def write(benchmark: str, rows: Sequence[Row], options: argparse.Namespace) -> N
     intro = "# Results\n\nWritten by the benchmarks; `make bench` runs all of them.\n"
     tables = ["\n".join(section(path)) for path in sorted(folder.glob("*.csv"))]
     (folder / "README.md").write_text("\n".join([intro, *tables]))
+
+
+def output_of(options: argparse.Namespace) -> Path:
+    """The folder of the tables; trials do not touch the real ones."""
+    trial = Path(tempfile.gettempdir()) / "fourstroke-bench"
+    folder: Path = options.output or (trial if options.tiny else RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def section(path: Path) -> list[str]:

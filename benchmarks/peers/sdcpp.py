@@ -1,32 +1,42 @@
-"""stable-diffusion.cpp through its Python package, weights quantised, LoRA applied when it loads.
+"""stable-diffusion.cpp through its Python package, weights quantised when they are read.
 
-It draws noise of its own, so its pictures cannot be compared. Only the whole and the steps, by its progress, are timed:
-nothing but its log tells of the other parts.
+It cannot apply an LCM-LoRA to quantised weights (its process ends), so it gets a checkpoint with the LoRA merged. It
+draws noise of its own, so its pictures cannot be compared. Its parts are what lies between the reports of its progress.
+Narrow models (``--tiny``) it cannot run: the widths are in its code.
 """
 
 from __future__ import annotations
 
 import importlib
-import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from .protocol import Clock, Job, Paint, prompts, serve
 
+MERGE = """
+import sys, torch
+from fourstroke import DiffusionPipeline
+repository, lora, folder = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(repository, dtype=torch.float16)
+pipe.load_lora_weights(lora)
+pipe.merge_adapters()
+pipe.save_pretrained(folder)
+"""
+
 
 def load(job: Job, clock: Clock) -> Paint:
     library: Any = importlib.import_module("stable_diffusion_cpp")
-    files, loras = job["files"], Path(job["cache"]) / "sdcpp-loras"
-    if not (loras / "lcm.safetensors").exists():
-        loras.mkdir(parents=True, exist_ok=True)
-        shutil.copy(files["lcm-lora"], loras / "lcm.safetensors")
+    files, merged = job["files"], Path(job["cache"]) / "merged"
+    if not (merged / "model_index.json").exists():  # by a process of its own, whose memory is not this one's
+        arguments = [files["repository"], files["lcm-lora"], str(merged)]
+        subprocess.run([sys.executable, "-c", MERGE, *arguments], check=True)
     tiny = Path(files["tiny-vae"]) / "diffusion_pytorch_model.safetensors" if job["tiny_vae"] else ""
     model = library.StableDiffusion(
-        model_path=files["repository"],
+        model_path=str(merged),
         taesd_path=str(tiny),
-        lora_model_dir=str(loras),
-        lora_apply_mode="immediately",  # the faster of the two
         wtype=job["wtype"],
         n_threads=job["threads"],
         vae_decode_only=True,
@@ -39,15 +49,14 @@ def load(job: Job, clock: Clock) -> Paint:
     def paint(job: Job) -> Any:
         last = time.perf_counter()
 
-        def on_step(step: int, steps: int, seconds: float) -> None:
+        def lap(part: str) -> None:
             nonlocal last
             now = time.perf_counter()
-            if step > 0:
-                clock.parts.setdefault("unet", []).append(now - last)
+            clock.parts.setdefault(part, []).append(now - last)
             last = now
 
-        return model.generate_image(
-            prompt=f"{prompts(job)[0]}<lora:lcm:1>",
+        pictures = model.generate_image(
+            prompt=prompts(job)[0],
             width=job["size"],
             height=job["size"],
             cfg_scale=1.0,
@@ -56,8 +65,10 @@ def load(job: Job, clock: Clock) -> Paint:
             sample_steps=job["steps"],
             seed=job["seed"],
             batch_count=job["batch"],
-            progress_callback=on_step,
+            progress_callback=lambda step, steps, seconds: lap("unet" if step else "text"),
         )
+        lap("vae")
+        return pictures
 
     return paint
 
