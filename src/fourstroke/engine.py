@@ -28,7 +28,7 @@ from .request import Control, GenerateRequest, GenerateResult
 from .runtime.cache import cache_folder
 from .runtime.openvino import accelerated, openvino_
 from .runtime.options import RuntimeOptions, run_with_
-from .runtime.quantize import fingerprint, in_eight_bits, load_ranges, save_ranges
+from .runtime.quantize import Range, fingerprint, in_eight_bits, load_ranges, save_ranges
 
 CALIBRATION = ("a red fox in the snow", "a photograph of a street at night, many lights")
 """What is painted, at the model's own size, to learn the ranges of a UNet's layers."""
@@ -136,26 +136,32 @@ class Engine:
         run_with_(networks, self.runtime.backend, precision=self._precision)
 
     def _quantize(self) -> None:
-        """Let the UNet run in 8 bits, by the ranges on disk or, once a model, after a calibration."""
-        forward = accelerated(self._unet)[""]
-        if self.runtime.quantize is None or forward.ranges is not None:
+        """Let UNet and decoder run in 8 bits, by the ranges on disk or, once a model, after a calibration."""
+        parts = {"unet": self._unet, "decoder": self.pipeline.vae.decoder}
+        forwards = {name: accelerated(part)[""] for name, part in parts.items()}
+        if all(forward.ranges is not None for forward in forwards.values()):
             return
-        loras = [(str(file.path), file.weight) for file in self.plan.loras]
-        source = self._unet.source
-        name = fingerprint([] if source is None else [place[0] for place in source.places.values()], loras)
+        sources = [self._unet.source, self.pipeline.vae.source]
+        files = [place[0] for source in sources if source is not None for place in source.places.values()]
+        name = fingerprint(files, [(str(file.path), file.weight) for file in self.plan.loras])
         path = cache_folder("ranges") / f"{name}.safetensors"
         ranges = load_ranges(path)
         if ranges is None:
-            forward.observed = ranges = {}
+            seen: dict[str, dict[str, Range]] = {part: {} for part in parts}
+            for part, forward in forwards.items():
+                forward.observed = seen[part]
             for seed, prompt in enumerate(CALIBRATION):
                 self.pipeline.generate(self.load(self._plain_request(prompt, seed)))
+            ranges = {f"{part}.{name}": found for part, own in seen.items() for name, found in own.items()}
             save_ranges(path, ranges)
-        openvino_(self._unet, forward.precision, in_eight_bits(ranges))
+        for name, part in parts.items():
+            own = {key.removeprefix(f"{name}."): found for key, found in ranges.items() if key.startswith(f"{name}.")}
+            openvino_(part, forwards[name].precision, in_eight_bits(own))
 
     def _plain_request(self, prompt: str, seed: int) -> GenerateRequest:
         """What any model can do: a picture of its own size, all of it new."""
         height, width = self.base.size
-        fields: dict[str, Any] = {"height": height, "width": width, "seed": seed, "output_type": "latent"}
+        fields: dict[str, Any] = {"height": height, "width": width, "seed": seed, "output_type": "pt"}
         if self.base.channels == 9:
             fields["image"] = Image.new("RGB", (width, height), "grey")
             fields["mask_image"] = Image.new("L", (width, height), "white")

@@ -150,7 +150,9 @@ def generate(
     quantize: Annotated[
         str | None,
         option(
-            RUNTIME, "int8: the UNet in 8 bits, on a CPU with OpenVINO.", complete=options.complete_choices("quantize")
+            RUNTIME,
+            "int8: UNet and decoder in 8 bits, on a CPU with OpenVINO.",
+            complete=options.complete_choices("quantize"),
         ),
     ] = None,
     vae: Annotated[

@@ -217,16 +217,14 @@ class Tracer(TorchFunctionMode):
         shape = [1] * x.ndim
         shape[axis] = -1
         smooth, low, high = found.smoothed(weight)
-        bounds = [self.constant((bound * smooth).view(shape)) for bound in (low, high)]
+        # Bounds a channel would divide by ``smooth`` in passing, but OpenVINO gets them wrong behind a norm of tokens.
+        smaller = ops.multiply(node, self.constant((1 / smooth).view(shape)))
         limits = [self.constant(bound.view([1] * x.ndim)) for bound in (low, high)]
         whole, scale = eight_bits(weight, smooth)
         if turned:
             whole, scale = whole.transpose(0, 1), scale.transpose(0, 1)
-        # Bounds a channel on the way in and one for all on the way out divide by ``smooth`` in passing.
-        return (
-            ops.fake_quantize(node, *bounds, *limits, LEVELS),
-            ops.multiply(self.constant(whole), self.constant(scale)),
-        )
+        weights = ops.multiply(self.constant(whole), self.constant(scale))
+        return ops.fake_quantize(smaller, *limits, *limits, LEVELS), weights
 
     def _shape_alone(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == "meta":

@@ -31,8 +31,8 @@ class RuntimeOptions:
             bfloat16 where the CPU has it; ``"compile"`` with torch.compile; ``"cudagraph"`` replays CUDA graphs.
             ``"auto"`` is ``"openvino"`` for large models on a CPU, if it is installed, ``"cudagraph"`` on an NVIDIA
             GPU, and ``"eager"`` elsewhere.
-        quantize: ``"int8"`` runs the UNet in 8 bits (OpenVINO only), after a calibration on some pictures, once a
-            model.
+        quantize: ``"int8"`` runs UNet and decoder in 8 bits (OpenVINO only), after a calibration on some pictures,
+            once a model.
         vae: ``"tiny"`` decodes with the family's tiny autoencoder, ``"tiled"`` in overlapping tiles.
         offload: let networks wait in the computer's memory while they do not work on the GPU.
     """

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..loading import open_tensors, save_tensors
 
 LAYERS = (nn.Conv2d, nn.Linear)
+OUTERMOST = ("conv_in", "conv_out", "layers.0.")
 LEVELS = 256
 SMOOTHING = 0.5
 """How much of the channels' differences goes into the weights; alpha of SmoothQuant's equation 4."""
@@ -58,8 +59,8 @@ def eight_bits(weight: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_eight_bits(ranges: Mapping[str, Range]) -> dict[str, Range]:
-    """Those of a UNet's layers that are worth it: all but the first and the last, which few colours depend on."""
-    return {name: found for name, found in ranges.items() if not name.startswith(("conv_in", "conv_out"))}
+    """The ranges of those layers that run in 8 bits: all but the first and the last, small ones that all depends on."""
+    return {name: found for name, found in ranges.items() if not name.startswith(OUTERMOST)}
 
 
 def fingerprint(files: Iterable[Path], *more: object) -> str:
