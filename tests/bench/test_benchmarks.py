@@ -46,7 +46,7 @@ def test_whole_commands(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["sd15-tiny-vae", "sdxl-4", "img2img", "controlnet", "animation", "batch", "emoji"])
+@pytest.mark.parametrize("case", ["sdxl-4", "img2img", "controlnet", "animation"])
 def test_both_libraries_paint_the_same_picture(case: str, cache: Path, tmp_path: Path) -> None:
     rows = run("pictures", tmp_path, "--cache", str(cache), "--cases", case, "--peers", "diffusers", "fourstroke-fp32")
     assert timed(rows)
@@ -61,11 +61,9 @@ def test_openvino_peers_paint_nearly_the_same_picture(cache: Path, tmp_path: Pat
     pytest.importorskip("openvino_genai")
     pytest.importorskip("openvino_tokenizers")
     peers = ["openvino-fp32", "openvino-bf16", "openvino-genai"]
-    for case in ("sd15-4", "sdxl-4"):
-        output = tmp_path / case
-        rows = run("pictures", output, "--cache", str(cache), "--cases", case, "--peers", *peers)
-        assert timed(rows)
-        assert [float(row["psnr_db"]) > least for row, least in zip(rows, (45, 25, 25), strict=True)] == [True] * 3
+    rows = run("pictures", tmp_path, "--cache", str(cache), "--cases", "sdxl-4", "--peers", *peers)
+    assert timed(rows)
+    assert [float(row["psnr_db"]) > least for row, least in zip(rows, (45, 25, 25), strict=True)] == [True] * 3
 
 
 @pytest.mark.slow
@@ -102,10 +100,10 @@ def test_overhead(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_growth(cache: Path, tmp_path: Path) -> None:
-    peers = ["--peers", "fourstroke-fp32"]
-    rows = run("growth", tmp_path, "--cache", str(cache), *peers)
+    arguments = ["--peers", "fourstroke-fp32", "--axes", "batch", "loras", "frames"]
+    rows = run("growth", tmp_path, "--cache", str(cache), *arguments)
     assert timed(rows)
-    assert list(dict.fromkeys(row["axis"] for row in rows)) == ["batch", "resolution", "steps", "loras", "frames"]
+    assert list(dict.fromkeys(row["axis"] for row in rows)) == ["batch", "loras", "frames"]
     # Two points lie on a law of two terms.
     (first, second) = (row for row in rows if row["axis"] == "batch")
     assert float(first["law_median_s"]) == pytest.approx(float(first["median_s"]), rel=1e-2)

@@ -6,17 +6,16 @@ import json
 import math
 from pathlib import Path
 
+import cases
+import growth
 import numpy as np
+import parts
+import pictures
 import pytest
 import torch
+import weights
 from safetensors import safe_open
 from torch.nn.functional import avg_pool2d
-
-import cases  # pyright: ignore[reportMissingImports]
-import growth  # pyright: ignore[reportMissingImports]
-import parts  # pyright: ignore[reportMissingImports]
-import pictures  # pyright: ignore[reportMissingImports]
-import weights  # pyright: ignore[reportMissingImports]
 
 
 def test_psnr_and_ssim() -> None:
