@@ -18,7 +18,7 @@ from fourstroke.families import FAMILIES, KINDS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 
-VERBS = ["generate", "distill", "train lora", "models", "inspect", "info"]
+VERBS = ["generate", "distill", "train lora", "bench", "models", "inspect", "info"]
 
 
 def help_of(*words: str) -> str:

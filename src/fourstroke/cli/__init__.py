@@ -1,4 +1,4 @@
-"""The command line: ``fourstroke generate "a red fox"``, and ``distill``, ``train``, ``models``, ``inspect``, ``info``.
+"""The command line: ``fourstroke generate "a red fox"``, and the other verbs that ``fourstroke --help`` lists.
 
 Whatever is slow to import is imported inside the verbs, so that ``--help`` and completion answer at once.
 
@@ -63,9 +63,10 @@ class Verb(TyperCommand):
 
     def get_params(self, ctx: Any) -> Any:
         if not self.complete:
-            from . import generate, train
+            from . import bench, generate, train
 
-            made = generate.command() if self.name == "generate" else train.command(str(self.name))
+            own = {"generate": generate.command, "bench": bench.command}.get(str(self.name))
+            made = train.command(str(self.name)) if own is None else own()
             self.params, self.callback, self.complete = made.params, made.callback, True
         return super().get_params(ctx)
 
@@ -132,6 +133,14 @@ def train_lora() -> None:
     """Train a LoRA of MODEL on pictures: a style, a subject. Print the path of the file.
 
     The same command again goes on where the run stopped.
+    """
+
+
+@app.command(cls=Verb)
+def bench() -> None:
+    """Measure how fast MODEL is here, in every way that it can run: seconds, memory, and how they compare.
+
+    Each way has a process of its own, and they take turns.
     """
 
 

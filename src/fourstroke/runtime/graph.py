@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,6 +102,7 @@ def trace(
     host: Sequence[str] = (),
     ranges: Mapping[str, Range] | None = None,
     observe: bool = False,
+    plain: Collection[str] = (),
 ) -> Program:
     """The program that computes what ``network``'s class does with ``arguments``.
 
@@ -111,6 +112,7 @@ def trace(
         host: arguments whose tensors are host values; others may be missing.
         ranges: layers (convolutions, linear layers) that run in 8 bits: name -> the range of their input.
         observe: let the graph tell the range of every such layer's input.
+        plain: those of `nodes.SHORT_CUTS` that are left out.
 
     Raises:
         Unsupported: an operation has no node here.
@@ -120,7 +122,7 @@ def trace(
     given = inspect.signature(function).bind(*args, **kwargs).arguments
     on_host = {id(tensor) for name in host for tensor in tensors_in(given.get(name))}
     names = {id(part.weight): name for name, part in network.named_modules() if isinstance(part, LAYERS)}
-    tracer = Tracer(names, ranges or {}, observe)
+    tracer = Tracer(names, ranges or {}, observe, plain)
     # In order, not by id: a tensor that is given twice in this call may be two in the next.
     numbers = itertools.count()
     args, kwargs = map_tensors(arguments, lambda tensor: tracer.input(tensor, next(numbers), id(tensor) in on_host))
@@ -133,14 +135,15 @@ class Tracer(TorchFunctionMode):
 
     Attributes:
         names: of the layers, by their weights' ids.
+        plain: short cuts that are not taken.
         doubled: what nearest-neighbour doubling made -> what it was made from.
         linears: what a linear layer made -> its input, weight and bias.
     """
 
-    def __init__(self, names: Mapping[int, str], ranges: Mapping[str, Range], observe: bool):
+    def __init__(self, names: Mapping[int, str], ranges: Mapping[str, Range], observe: bool, plain: Collection[str]):
         super().__init__()
         self.program = Program()
-        self.names, self.ranges, self.observe = names, ranges, observe
+        self.names, self.ranges, self.observe, self.plain = names, ranges, observe, plain
         self.observers: list[Node] = []
         self.parameters: list[Node] = []
         self.nodes: dict[int, Any] = {}  # stand-in -> node

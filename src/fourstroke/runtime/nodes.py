@@ -24,6 +24,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .graph import Tracer
 
+SHORT_CUTS = ("doubling", "group_norm", "chunk")
+"""What is not done as torch does it, for speed; each can be left out."""
 PHASES = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 """How the taps of a convolution of width 3 behind a nearest-neighbour doubling add up to those of a transposed one of
 width 4 and stride 2 in front of it: 16 multiplications a pixel in place of 36."""
@@ -60,7 +62,13 @@ def _conv2d(t: Tracer, out: Tensor, x: Any, weight: Tensor, bias: Any = None, st
     if groups != 1 or isinstance(padding, str):
         raise Unsupported("a convolution in groups, or with its padding by name")
     pads, stride, name = _pair(padding), _pair(stride), t.names.get(id(weight), "")
-    if id(x) in t.doubled and weight.shape[2:] == (3, 3) and stride == [1, 1] and pads == [1, 1]:
+    if (
+        "doubling" not in t.plain
+        and id(x) in t.doubled
+        and weight.shape[2:] == (3, 3)
+        and stride == [1, 1]
+        and pads == [1, 1]
+    ):
         source, kernel = t.layer(t.doubled[id(x)], transposed_kernel(weight), 1, name, turned=True)
         y = ops.convolution_backprop_data(source, kernel, [2, 2], None, [1, 1], [1, 1], [1, 1])
     else:
@@ -99,6 +107,8 @@ def _group_norm(
     OpenVINO's own GroupNormalization wants another memory layout than convolutions, and the two conversions cost more
     than the rest of it.
     """
+    if "group_norm" in t.plain:
+        return ops.group_normalization(t.node(x), t.node(weight), t.node(bias), groups, eps)
     rows, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     axes, node = ints(*range(2, x.ndim)), t.node(x)
     given = [ops.reduce_mean(node, axes, True), ops.reduce_l2(node, axes, True), t.node(weight), t.node(bias)]
@@ -184,7 +194,7 @@ def _cat(t: Tracer, out: Tensor, tensors: Sequence[Any], dim: int = 0) -> Any:
 
 
 def _chunk(t: Tracer, out: Any, x: Any, chunks: int, dim: int = 0) -> Any:
-    if id(x) in t.linears and dim in (-1, x.ndim - 1):
+    if "chunk" not in t.plain and id(x) in t.linears and dim in (-1, x.ndim - 1):
         # Parts of a product are products with parts of the weight, which need not be cut out of anything.
         source, weight, bias = t.linears[id(x)]
         biases = [None] * len(out) if bias is None else bias.chunk(chunks)

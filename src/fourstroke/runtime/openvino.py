@@ -16,7 +16,7 @@ import functools
 import importlib.util
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -51,24 +51,30 @@ class Accelerated(Forward):
     """A network's runs by OpenVINO; see `openvino_`, which has the arguments.
 
     Attributes:
-        precision, ranges, shapes: as given.
+        precision, ranges, shapes, without: as given.
         observed: when this is a dictionary, every run joins the ranges of its layers' inputs to it.
     """
 
     def __init__(
-        self, network: nn.Module, precision: str = "bf16", ranges: Mapping[str, Range] | None = None, shapes: int = 2
+        self,
+        network: nn.Module,
+        precision: str = "bf16",
+        ranges: Mapping[str, Range] | None = None,
+        shapes: int = 2,
+        without: Collection[str] = (),
     ):
         super().__init__(network)
         self.precision = precision
         self.ranges = ranges
         self.shapes = shapes
+        self.without = without
         self.observed: dict[str, Range] | None = None
         self._compiled: OrderedDict[Any, Compiled | None] = OrderedDict()
         self._weights: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or unpickled network has the same settings and compiles for itself."""
-        return openvino_, (self.network, self.precision, self.ranges, self.shapes)
+        return openvino_, (self.network, self.precision, self.ranges, self.shapes, self.without)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One evaluation; the arguments and the result are those of the network's own forward."""
@@ -110,7 +116,7 @@ class Accelerated(Forward):
 
         observe = self.observed is not None
         try:
-            program = trace(network, arguments, host=HOST, ranges=self.ranges, observe=observe)
+            program = trace(network, arguments, host=HOST, ranges=self.ranges, observe=observe, plain=self.without)
         except Unsupported as error:
             warnings.warn(f"{type(network).__name__} runs in torch, without OpenVINO: {error}.", stacklevel=4)
             return None
@@ -160,6 +166,7 @@ def openvino_(
     precision: str = "bf16",
     ranges: Mapping[str, Range] | None = None,
     shapes: int = 2,
+    without: Collection[str] = (),
 ) -> Accelerated:
     """Let OpenVINO run the forward of this one object; called again on the same network it starts anew.
 
@@ -172,6 +179,7 @@ def openvino_(
         precision: ``"bf16"`` or ``"f32"``: what OpenVINO computes in, whatever the dtype of the weights.
         ranges: the layers that run in 8 bits: name -> range of the input; see `fourstroke.runtime.quantize`.
         shapes: graphs that are kept, for as many shapes; each holds all weights.
+        without: those of ``nodes.SHORT_CUTS`` that are not to be taken.
 
     Returns:
         What runs it; also ``network.forward`` from now on.
@@ -185,7 +193,7 @@ def openvino_(
         raise ImportError("The backend 'openvino' needs OpenVINO: pip install 'fourstroke[cpu]'.")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it is one of {', '.join(PRECISIONS)}.")
-    forward = Accelerated(network, precision, ranges, shapes)
+    forward = Accelerated(network, precision, ranges, shapes, without)
     replace_forward_(network, forward)
     return forward
 
