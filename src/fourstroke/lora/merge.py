@@ -409,10 +409,7 @@ class _Bases:
             self._check_slot(name, places)
         for name in [name for name in wanted if name not in self.slots]:
             self.slots[name] = self._open(name, places, wanted[name])
-        written = sum(self._write(name, wanted.get(name, ())) for name in [*self.slots])
-        if self.source is not None:
-            self.source.close()  # else what was read of it would count as this process's memory
-        return written
+        return sum(self._write(name, wanted.get(name, ())) for name in [*self.slots])
 
     def _check_slot(self, name: str, places: Mapping[str, tuple[nn.Module, str, nn.Parameter]]) -> None:
         """Forget a parameter that is not the one we know."""
