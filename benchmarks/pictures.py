@@ -59,6 +59,8 @@ class Process:
         code = self.process.wait()
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
+        if code < 0:
+            raise PeerError(f"killed by signal {-code}; for want of memory, if that is 9: try a smaller --live")
         raise PeerError(lines[-1] if lines else f"ended with code {code}")
 
     def ask(self, **change: Any) -> Answer:

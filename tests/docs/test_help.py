@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fourstroke import GenerateRequest
 from fourstroke.cli import app
+from fourstroke.cli.bench import command as of_benchmark
 from fourstroke.cli.generate import command
 from fourstroke.cli.train import command as of_training
 from fourstroke.families import FAMILIES, KINDS
@@ -68,7 +69,8 @@ def test_options_of_the_page_exist() -> None:
     training = {
         flag for verb in ("distill", "lora") for parameter in of_training(verb).params for flag in parameter.opts
     }
-    assert named <= options_of_generate() | training
+    benchmark = {flag for parameter in of_benchmark().params for flag in parameter.opts}
+    assert named <= options_of_generate() | training | benchmark
     tasks = ("image", "strength", "mask", "mask-crop", "control", "adapter", "detect", "no-detect", "ip-image")
     for option in (*tasks, "ip-adapter", "frames", "motion", "windows", "window-length", "fps", "no-lcm", "size"):
         assert f"--{option}" in named, option
@@ -95,5 +97,5 @@ def test_short_names_of_the_page_are_those_of_the_families() -> None:
 
 def test_panels_group_the_options() -> None:
     panels = re.findall(r"─ ([A-Z][\w ]+?) ─", help_of("generate"))
-    for panel in ("Picture", "Size", "Start picture", "Control", "Animation", "LoRA", "Model", "Output"):
+    for panel in ("Picture", "Size", "Start picture", "Control", "Animation", "LoRA", "Model", "Runtime", "Output"):
         assert panel in panels
