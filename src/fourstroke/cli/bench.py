@@ -78,7 +78,12 @@ def bench(
     as_json: Annotated[bool, option(OUTPUT, "Print one JSON object instead of a table.", "--json")] = False,
     debug: Annotated[bool, option(OUTPUT, "Show the traceback of an error.", "--debug")] = False,
 ) -> None:
-    """Measure; every option is described by its help text."""
+    """Measure; every option is described by its help text.
+
+    Raises:
+        ValueError: there is no such way, or a size that is none.
+        RuntimeError: none of the ways runs.
+    """
     for name in way or ():
         if name not in WAYS:
             raise ValueError(f"--way is {name!r}; it is one of {'; '.join(WAYS)}.")
@@ -115,6 +120,9 @@ def measure(names: list[str], task: Mapping[str, Any], repeats: int) -> list[dic
 
     Returns:
         A row a way that runs; the others are told as notes.
+
+    Raises:
+        RuntimeError: a way that ran once does so no more.
     """
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
