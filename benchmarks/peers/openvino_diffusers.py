@@ -46,18 +46,17 @@ def load(job: Job, clock: Clock) -> Paint:
 
         return clock.timed(run, part)
 
-    def encoder(name: str) -> TextEncoder:
+    xl = job["xl"]
+    cls = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
+    parts: dict[str, Any] = {}
+    for name in ("text_encoder", "text_encoder_2") if xl else ("text_encoder",):
         config = json.loads((repository / name / "config.json").read_text())
-        return TextEncoder(compiled(name, "text"), width=config["projection_dim"])
-
-    cls = diffusers.StableDiffusionXLPipeline if job["xl"] else diffusers.StableDiffusionPipeline
-    encoders = ["text_encoder", "text_encoder_2"] if job["xl"] else ["text_encoder"]
-    parts: dict[str, Any] = {name: encoder(name) for name in encoders}
+        parts[name] = TextEncoder(compiled(name, "text"), SimpleNamespace(config=SimpleNamespace(**config)))
     parts["unet"] = UNet(compiled("unet", "unet"), skeleton(diffusers.UNet2DConditionModel, repository / "unet"))
-    vae_folder = job["files"]["tiny-vae"] if job["tiny_vae"] else repository / "vae"
-    decoder = compiled("vae_tiny_decoder" if job["tiny_vae"] else "vae_decoder", "vae")
-    vae_class = diffusers.AutoencoderTiny if job["tiny_vae"] else diffusers.AutoencoderKL
-    parts["vae"] = VAE(decoder, skeleton(vae_class, vae_folder))
+    tiny = job["tiny_vae"]
+    folder_of_vae = job["files"]["tiny-vae"] if tiny else repository / "vae"
+    vae = skeleton(diffusers.AutoencoderTiny if tiny else diffusers.AutoencoderKL, folder_of_vae)
+    parts["vae"] = VAE(compiled("vae_tiny_decoder" if tiny else "vae_decoder", "vae"), vae)
     pipe = cls.from_pretrained(repository, **dict.fromkeys(parts))
     for name, part in parts.items():
         setattr(pipe, name, part)
@@ -67,7 +66,7 @@ def load(job: Job, clock: Clock) -> Paint:
     return lambda job: pipe(**request(job)).images
 
 
-def skeleton(cls: Any, folder: Path) -> Any:
+def skeleton(cls: Any, folder: Any) -> Any:
     """The network without weights: pipelines read its configuration."""
     with torch.device("meta"):
         return cls.from_config(cls.load_config(folder))
@@ -78,15 +77,14 @@ class Network(torch.nn.Module):
 
     dtype, device = torch.float32, torch.device("cpu")
 
-    def __init__(self, run: Any, skeleton: Any = None, width: int | None = None):
+    def __init__(self, run: Any, skeleton: Any):
         super().__init__()
-        self.run = run
-        self.config = getattr(skeleton, "config", SimpleNamespace(projection_dim=width))
+        self.run, self.config = run, skeleton.config
         self.add_embedding = getattr(skeleton, "add_embedding", None)
 
 
 class TextEncoder(Network):
-    """CLIP's states as the pipelines read them."""
+    """CLIP's states as the pipelines read them: by number and by name."""
 
     def forward(self, input_ids: torch.Tensor, **unused: Any) -> Any:
         """Encode (N, 77) ids."""

@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,12 @@ def convert(name: str, files: dict[str, Any], target: Path) -> None:
     """Convert one network and save it, its configuration beside it."""
     import openvino
 
-    wrapper, config, example, inputs, outputs = network(name, files)
-    model = openvino.convert_model(wrapper.eval(), example_input=example)
-    for port, wanted in zip(model.inputs, inputs, strict=True):
-        port.get_tensor().set_names({wanted})
-    for port, wanted in zip(model.outputs, outputs, strict=False):
-        port.get_tensor().set_names({wanted})
+    find = text_encoder if name.startswith("text_encoder") else unet if name == "unet" else decoder
+    traced, config, inputs, outputs = find(name, files)
+    model = openvino.convert_model(traced.eval(), example_input=tuple(inputs.values()))
+    for ports, names in ((model.inputs, inputs), (model.outputs, outputs)):
+        for port, wanted in zip(ports, names, strict=True):
+            port.get_tensor().set_names({wanted})
     partial = target.with_name(f".{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     openvino.save_model(model, partial / MODEL, compress_to_fp16=True)
@@ -65,92 +66,73 @@ def convert(name: str, files: dict[str, Any], target: Path) -> None:
     partial.rename(target)
 
 
-def network(name: str, files: dict[str, Any]) -> tuple[torch.nn.Module, Path, Any, list[str], list[str]]:
-    """A network that takes tensors alone, its configuration, example inputs, and the names of inputs and outputs."""
+class Traced(torch.nn.Module):
+    """A network, called by a function of tensors alone."""
+
+    def __init__(self, network: Any, call: Callable[..., Any]):
+        super().__init__()
+        self.network, self.call = network, call
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """What the function makes of the network and its inputs."""
+        return self.call(self.network, *inputs)
+
+
+# Network, configuration, example inputs by name, names of the outputs.
+Found = tuple[Traced, Path, dict[str, torch.Tensor], list[str]]
+
+
+def text_encoder(name: str, files: dict[str, Any]) -> Found:
+    """CLIP, with its hidden states."""
     import transformers
 
-    diffusers: Any = importlib.import_module("diffusers")
-    repository = Path(files["repository"])
-    if name.startswith("text_encoder"):
-        cls = transformers.CLIPTextModelWithProjection if name.endswith("_2") else transformers.CLIPTextModel
-        model = cls.from_pretrained(repository / name, torch_dtype=torch.float32, attn_implementation="sdpa")
-        states = ["hidden_states." + str(i) for i in range(model.config.num_hidden_layers + 1)]
-        first = ["text_embeds", "last_hidden_state"] if name.endswith("_2") else ["last_hidden_state", "pooler_output"]
-        ids = torch.ones(1, 77, dtype=torch.int64)
-        return TextEncoder(model), repository / name / "config.json", (ids,), ["input_ids"], [*first, *states]
-    if name == "unet":
-        nothing = dict.fromkeys(("vae", "text_encoder", "text_encoder_2"))
-        names = json.loads((repository / "model_index.json").read_text())
-        pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
-            repository, torch_dtype=torch.float32, **{name: None for name in nothing if name in names}
-        )
-        pipe.load_lora_weights(files["lcm-lora"])
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
-        return unet_inputs(pipe.unet, repository)
-    tiny = name == "vae_tiny_decoder"
-    folder = Path(files["tiny-vae"]) if tiny else repository / "vae"
-    cls = diffusers.AutoencoderTiny if tiny else diffusers.AutoencoderKL
-    vae = cls.from_pretrained(folder, torch_dtype=torch.float32)
-    return Decoder(vae), folder / "config.json", (torch.zeros(1, 4, 8, 8),), ["latent_sample"], ["sample"]
+    projects = name.endswith("_2")
+    cls = transformers.CLIPTextModelWithProjection if projects else transformers.CLIPTextModel
+    folder = Path(files["repository"]) / name
+    model = cls.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="sdpa")
 
-
-def unet_inputs(unet: Any, repository: Path) -> tuple[torch.nn.Module, Path, Any, list[str], list[str]]:
-    """The UNet's part of `network`."""
-    size, width = 8, unet.config.cross_attention_dim
-    inputs = {"sample": torch.zeros(1, 4, size, size), "timestep": torch.tensor([1])}
-    inputs["encoder_hidden_states"] = torch.zeros(1, 77, width)
-    if unet.config.addition_embed_type:
-        ids = 6 * unet.config.addition_time_embed_dim
-        pooled = unet.config.projection_class_embeddings_input_dim - ids
-        inputs |= {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
-    config = repository / "unet" / "config.json"
-    return UNet(unet), config, tuple(inputs.values()), list(inputs), ["out_sample"]
-
-
-class TextEncoder(torch.nn.Module):
-    """CLIP with its hidden states, as a tuple."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor) -> Any:
-        """(N, 77) -> the two outputs and the hidden states."""
-        output = self.model(input_ids, output_hidden_states=True)
+    def call(model: Any, ids: torch.Tensor) -> Any:
+        output = model(ids, output_hidden_states=True)
         return (*output[:2], *output.hidden_states)
 
-
-class UNet(torch.nn.Module):
-    """A UNet whose inputs are tensors alone."""
-
-    def __init__(self, unet: Any):
-        super().__init__()
-        self.unet = unet
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        text_embeds: torch.Tensor | None = None,
-        time_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Latents of a step -> what the network predicts."""
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        return self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+    states = [f"hidden_states.{i}" for i in range(model.config.num_hidden_layers + 1)]
+    first = ["text_embeds", "last_hidden_state"] if projects else ["last_hidden_state", "pooler_output"]
+    inputs = {"input_ids": torch.ones(1, 77, dtype=torch.int64)}
+    return Traced(model, call), folder / "config.json", inputs, [*first, *states]
 
 
-class Decoder(torch.nn.Module):
-    """The decoder of a VAE."""
+def unet(name: str, files: dict[str, Any]) -> Found:
+    """The UNet with the LCM-LoRA merged."""
+    diffusers: Any = importlib.import_module("diffusers")
+    repository = Path(files["repository"])
+    components = json.loads((repository / "model_index.json").read_text())
+    without = {part: None for part in ("vae", "text_encoder", "text_encoder_2") if part in components}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(repository, torch_dtype=torch.float32, **without)
+    pipe.load_lora_weights(files["lcm-lora"])
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    config = pipe.unet.config
+    inputs = {"sample": torch.zeros(1, 4, 8, 8), "timestep": torch.tensor([1])}
+    inputs["encoder_hidden_states"] = torch.zeros(1, 77, config.cross_attention_dim)
+    if config.addition_embed_type:
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs |= {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
 
-    def __init__(self, vae: Any):
-        super().__init__()
-        self.vae = vae
+    def call(unet: Any, sample: Any, timestep: Any, text: Any, *added: Any) -> Any:
+        more = dict(zip(("text_embeds", "time_ids"), added, strict=True)) if added else None
+        return unet(sample, timestep, text, added_cond_kwargs=more, return_dict=False)[0]
 
-    def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
-        """Latents -> pictures."""
-        return self.vae.decode(latent_sample, return_dict=False)[0]
+    return Traced(pipe.unet, call), repository / name / "config.json", inputs, ["out_sample"]
+
+
+def decoder(name: str, files: dict[str, Any]) -> Found:
+    """The decoder of the VAE, full or tiny."""
+    diffusers: Any = importlib.import_module("diffusers")
+    tiny = name == "vae_tiny_decoder"
+    folder = Path(files["tiny-vae"]) if tiny else Path(files["repository"]) / "vae"
+    vae = (diffusers.AutoencoderTiny if tiny else diffusers.AutoencoderKL).from_pretrained(folder)
+    traced = Traced(vae, lambda vae, latents: vae.decode(latents, return_dict=False)[0])
+    return traced, folder / "config.json", {"latent_sample": torch.zeros(1, 4, 8, 8)}, ["sample"]
 
 
 if __name__ == "__main__":
