@@ -63,10 +63,13 @@ class Verb(TyperCommand):
 
     def get_params(self, ctx: Any) -> Any:
         if not self.complete:
-            from . import bench, generate, train
+            # By their full names, for in this module those of some are the verbs'.
+            from .bench import command as bench
+            from .generate import command as generate
+            from .train import command as train
 
-            own = {"generate": generate.command, "bench": bench.command}.get(str(self.name))
-            made = train.command(str(self.name)) if own is None else own()
+            own = {"generate": generate, "bench": bench}.get(str(self.name))
+            made = train(str(self.name)) if own is None else own()
             self.params, self.callback, self.complete = made.params, made.callback, True
         return super().get_params(ctx)
 
