@@ -59,8 +59,9 @@ class Process:
         code = self.process.wait()
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
-        ended = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"  # 9 is mostly want of memory
-        raise PeerError(lines[-1] if lines and code > 0 else ended)
+        if code < 0:
+            raise PeerError(f"killed by signal {-code}; for want of memory, if that is 9: try a smaller --live")
+        raise PeerError(lines[-1] if lines else f"ended with code {code}")
 
     def ask(self, **change: Any) -> Answer:
         """Let it do its job once, with this ``change``.
