@@ -219,7 +219,8 @@ class Tracer(TorchFunctionMode):
             return node, self.constant(weight.transpose(0, 1)) if turned else self.node(weight)
         shape = [1] * x.ndim
         shape[axis] = -1
-        smooth, low, high = found.smoothed(weight)
+        # OpenVINO has no transposed convolution of 8 bits with a zero point.
+        smooth, low, high = found.smoothed(weight, symmetric=turned)
         # Bounds a channel would divide by ``smooth`` in passing, but OpenVINO gets them wrong behind a norm of tokens.
         smaller = ops.multiply(node, self.constant((1 / smooth).view(shape)))
         limits = [self.constant(bound.view([1] * x.ndim)) for bound in (low, high)]

@@ -34,10 +34,11 @@ class Range(NamedTuple):
         """The range that holds both."""
         return Range(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
 
-    def smoothed(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def smoothed(self, weight: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Factors s of the channels, (C,), with the least and the greatest value, (), of the channels divided by s.
 
-        ``weight`` (C_out, C, …) is to be multiplied by s; s = max|x|^a / max|w|^(1 - a), around 1.
+        ``weight`` (C_out, C, …) is to be multiplied by s; s = max|x|^a / max|w|^(1 - a), around 1. ``symmetric``
+        values are those of int8 times one step, -128 to 127; otherwise zero is any of the 256 levels.
         """
         size = torch.maximum(self.low.abs(), self.high.abs()).clamp(min=1e-6)
         weights = weight.detach().float().abs().amax(dim=[i for i in range(weight.ndim) if i != 1]).clamp(min=1e-6)
@@ -45,8 +46,12 @@ class Range(NamedTuple):
         smooth = smooth / smooth.log().mean().exp()
         low, high = (self.low / smooth).min().clamp(max=0), (self.high / smooth).max().clamp(min=1e-6)
         # Zero is one of the levels: convolutions pad with it, and a zero point must be a whole number.
-        step = (high - low) / (LEVELS - 1)
-        below = (-low / step).round()
+        if symmetric:
+            below = torch.tensor(LEVELS / 2)
+            step = torch.maximum(-low / below, high / (below - 1))
+        else:
+            step = (high - low) / (LEVELS - 1)
+            below = (-low / step).round()
         return smooth, -below * step, (LEVELS - 1 - below) * step
 
 
