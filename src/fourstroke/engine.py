@@ -32,6 +32,8 @@ from .runtime.quantize import Range, fingerprint, in_eight_bits, load_ranges, sa
 
 CALIBRATION = ("a red fox in the snow", "a photograph of a street at night, many lights")
 """What is painted, at the model's own size, to learn the ranges of a UNet's layers."""
+TILE_SHAPES = 4
+"""Of the tiles of a picture: inside, at the right and the lower rim, in the corner."""
 MAX_SEED = 2**32
 IMAGE_ENCODER = "image_encoder"
 
@@ -87,8 +89,8 @@ class Engine:
         runtime: RuntimeOptions | None = None,
         **options: Any,
     ):
-        wanted = dtype
-        device, dtype = where_to_run(device, dtype)
+        device, found = where_to_run(device, dtype)
+        wanted, dtype = None if dtype is None else found, found
         where = {name: options[name] for name in hub.OPTIONS if name in options}
         self.base = model if isinstance(model, Base) else look_at(model, options.get("config"), **where)
         # A revision is the model's, not that of what is added to it.
@@ -131,6 +133,9 @@ class Engine:
             # It is small, and what surrounds its encoder and decoder runs in torch.
             pipe.vae.to(torch.float32)
         self._accelerate(pipe.unet, pipe.vae)
+        if options.vae == "tiled":
+            for forward in accelerated(pipe.vae).values():
+                forward.shapes = TILE_SHAPES
 
     def _accelerate(self, *networks: Any) -> None:
         run_with_(networks, self.runtime.backend, precision=self._precision)
@@ -151,12 +156,12 @@ class Engine:
             for part, forward in forwards.items():
                 forward.observed = seen[part]
             for seed, prompt in enumerate(CALIBRATION):
-                self.pipeline.generate(self.load(self._plain_request(prompt, seed)))
+                self._paint(self.load(self._plain_request(prompt, seed)))
             ranges = {f"{part}.{name}": found for part, own in seen.items() for name, found in own.items()}
             save_ranges(path, ranges)
         for name, part in parts.items():
             own = {key.removeprefix(f"{name}."): found for key, found in ranges.items() if key.startswith(f"{name}.")}
-            openvino_(part, forwards[name].precision, in_eight_bits(own))
+            openvino_(part, forwards[name].precision, in_eight_bits(own), forwards[name].shapes)
 
     def _plain_request(self, prompt: str, seed: int) -> GenerateRequest:
         """What any model can do: a picture of its own size, all of it new."""
@@ -241,7 +246,9 @@ class Engine:
             request = dataclasses.replace(request, seed=secrets.randbelow(MAX_SEED))
         if self.runtime.quantize:
             self._quantize()
-        request = self.load(request)
+        return self._paint(self.load(request), on_step)
+
+    def _paint(self, request: GenerateRequest, on_step: Callable[[DenoiseState], None] | None = None) -> GenerateResult:
         settings = self.plan.settings
         with warnings.catch_warnings():
             if settings is not None and settings.timesteps == request.timesteps:

@@ -90,7 +90,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return text, BAD_INPUT
     if isinstance(error, MemoryError) or "memory" in text.lower():
         return f"{text.rstrip('.')}. {getattr(error, 'mend', MEMORY_MEND)}".rstrip(), FAILED
-    if isinstance(error, OSError | RuntimeError):
+    # Ours, that a package is missing, say how to get it.
+    if isinstance(error, OSError | RuntimeError) or (isinstance(error, ImportError) and "pip install" in text):
         return text, FAILED
     return f"{type(error).__name__}: {text} (--debug shows where)", FAILED
 

@@ -205,6 +205,7 @@ def generate(
     from ..runtime.options import RuntimeOptions
 
     with warnings_as_notes(options.in_flags), field_names_as_flags(), without_network(offline):
+        options.check_choices(backend=backend, quantize=quantize, vae=vae)
         runtime = RuntimeOptions(backend, quantize, vae, offload)
         place, kind = where_to_run(device, options.find_dtype(dtype))
         where = {"device": place, "dtype": None if dtype is None else kind}

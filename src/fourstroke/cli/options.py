@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -61,6 +61,11 @@ SAID: Mapping[str, str] = {
     r"; use 'cpu'\.": "; use --device cpu.",
     r"\bwindows=Windows\(length=(\d+)\)": r"--window-length \1",
     r"\bpass image\b": "pass --image",
+    r"^quantize='(\w+)' needs backend='(\w+)'; backend is ": r"--quantize \1 needs --backend \2; --backend is ",
+    r"^backend '(\w+)' ": r"--backend \1 ",
+    r"\(and quantize\)": "(and --quantize)",
+    r"^offload ": "--offload ",
+    r"; leave vae='full'\.": "; leave --vae out.",
 }
 # Annotation of a field -> type of the option's value; what may be anything is a picture, given by its path.
 TYPES: Mapping[str, Any] = {
@@ -242,6 +247,26 @@ def find_dtype(name: str | None) -> Any:
     return getattr(torch, DTYPES[name.lower()])
 
 
+def check_choices(**values: str | None) -> None:
+    """Check the values of options that are fields of `RuntimeOptions`.
+
+    Raises:
+        ValueError: one is none of the field's choices; the message lists them.
+    """
+    for field, value in values.items():
+        known = choices(field)
+        if value is not None and value not in known:
+            mend = did_you_mean(value, known)
+            raise ValueError(f"--{field} is {value!r}; it is one of {', '.join(known)}.{mend}")
+
+
+def choices(field: str) -> Sequence[str]:
+    """The values that the ``field`` of `RuntimeOptions` can have."""
+    from ..runtime.options import RuntimeOptions
+
+    return {each.name: each.metadata.get("choices", ()) for each in dataclasses.fields(RuntimeOptions)}[field]
+
+
 # Completions.
 
 
@@ -279,10 +304,7 @@ def complete_choices(field: str) -> Callable[[str], list[str]]:
     """What completes an option that is the ``field`` of `RuntimeOptions`."""
 
     def complete(incomplete: str) -> list[str]:
-        from ..runtime.options import RuntimeOptions
-
-        known = {each.name: each.metadata.get("choices", ()) for each in dataclasses.fields(RuntimeOptions)}
-        return [choice for choice in known[field] if choice.startswith(incomplete)]
+        return [choice for choice in choices(field) if choice.startswith(incomplete)]
 
     return complete
 

@@ -186,13 +186,18 @@ def openvino_(
 
     Raises:
         ImportError: OpenVINO is not installed.
-        ValueError: there is no such precision.
+        ValueError: there is no such precision, or no such short cut.
         RuntimeError: another backend runs ``network`` already.
     """
     if not available():
         raise ImportError("The backend 'openvino' needs OpenVINO: pip install 'fourstroke[cpu]'.")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it is one of {', '.join(PRECISIONS)}.")
+    from .nodes import SHORT_CUTS
+
+    for name in without:
+        if name not in SHORT_CUTS:
+            raise ValueError(f"without names {name!r}; there are the short cuts {', '.join(SHORT_CUTS)}.")
     forward = Accelerated(network, precision, ranges, shapes, without)
     replace_forward_(network, forward)
     return forward

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import openvino
-from .compile import compile_, uncompile_
+from .compile import Compiled, compile_, uncompile_
 from .cudagraph import cudagraph_, uncudagraph_
 from .memory_format import channels_last_
 from .quantize import Range
@@ -76,7 +76,7 @@ class RuntimeOptions:
         if (backend == "openvino" or self.quantize) and not openvino.available():
             raise ImportError("The backend 'openvino' needs OpenVINO: pip install 'fourstroke[cpu]'.")
         if self.offload and device.type == "cpu":
-            raise ValueError("offload moves networks to a GPU while they work, and the device is 'cpu'.")
+            raise ValueError("offload moves networks to a GPU while they work; leave it out, the device is 'cpu'.")
         return replace(self, backend="openvino" if self.quantize else backend)
 
 
@@ -102,6 +102,8 @@ def run_with_(
     if backend not in BACKENDS or backend == "auto":
         raise ValueError(f"backend is {backend!r}; it is one of {', '.join(BACKENDS[1:])}.")
     for part in (part for network in networks for part in parts_of(network)):
+        if isinstance(vars(part).get("forward"), Compiled):
+            channels_last_(part, on=False)
         for undo in (openvino.unopenvino_, uncompile_, uncudagraph_):
             undo(part)
         if backend == "openvino":
