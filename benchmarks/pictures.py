@@ -205,7 +205,7 @@ def ssim(first: np.ndarray, second: np.ndarray) -> float:
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The options of every benchmark that runs peers."""
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="the first is what the others are held against")
-    parser.add_argument("--live", type=int, default=4, help="processes alive at a time; default 4")
+    parser.add_argument("--live", type=int, default=2, help="processes alive at a time, as memory allows; default 2")
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"where models are written; default {CACHE}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser
