@@ -460,7 +460,7 @@ BAD_COMMANDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ),
     (("generate", "fox", "--steps"), ("'--steps' requires an argument",)),
     (("generate", "fox", "--guidance", "much"), ("'--guidance': it should be a valid number. See",)),
-    (("generat", "fox"), ("There is no verb 'generat'; there are generate, distill, models", "Did you mean 'generate'?")),
+    (("generat", "fox"), ("no verb 'generat'; there are generate, distill, bench, models", "Did you mean 'generate'?")),
     (("a red fox",), ("There is no verb 'a red fox'", "Did you mean fourstroke generate 'a red fox'?")),
     (("models", "--jsn"), ("There is no option --jsn. Did you mean '--json'?",)),
     (("--versio",), ("Did you mean '--version'?",)),

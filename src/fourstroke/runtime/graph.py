@@ -179,7 +179,11 @@ class Tracer(TorchFunctionMode):
         return isinstance(value, Tensor) and (id(value) in self.nodes or id(value) in self.slots)
 
     def node(self, tensor: Any) -> Node:
-        """The float32 node that holds ``tensor``."""
+        """The float32 node that holds ``tensor``.
+
+        Raises:
+            Unsupported: it is no tensor, or one without values.
+        """
         if not isinstance(tensor, Tensor):
             raise Unsupported(f"{tensor!r} stands where only a tensor has a node")
         key = id(tensor)
@@ -192,7 +196,11 @@ class Tracer(TorchFunctionMode):
         return self.nodes[key]
 
     def constant(self, tensor: Tensor) -> Node:
-        """A float32 node that shares the memory of ``tensor`` if it can."""
+        """A float32 node that shares the memory of ``tensor`` if it can.
+
+        Raises:
+            Unsupported: it has no values.
+        """
         refuse_lost(tensor)
         tensor = tensor.detach().contiguous()
         self.program.memory.append(tensor)
