@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CHECKED := src tests examples benchmarks recipes
-BENCHMARKS := import_time first_picture pictures parts loras overhead growth memory
+BENCHMARKS := import_time first_picture pictures parts optimisations loras overhead growth memory
 
 .PHONY: demo test check bench docs
 
