@@ -213,7 +213,7 @@ def test_nothing_is_kept_when_switched_off_or_when_there_is_nothing(
     unet: Any, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "fourstroke" / "compile"
+    assert cache_folder("compile") == tmp_path / "fourstroke" / "compile"
     compile_(unet, backend="eager", cache=False)
     unet(**inputs())
     artifacts.content = None
@@ -221,7 +221,7 @@ def test_nothing_is_kept_when_switched_off_or_when_there_is_nothing(
     unet(**inputs())
     assert [*tmp_path.iterdir()] == []
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "fourstroke" / "compile"
+    assert cache_folder("compile") == Path.home() / ".cache" / "fourstroke" / "compile"
 
 
 def test_a_folder_that_cannot_be_written_to_warns(unet: Any, artifacts: Artifacts, tmp_path: Path) -> None:
