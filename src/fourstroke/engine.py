@@ -30,7 +30,12 @@ from .runtime.openvino import accelerated, openvino_
 from .runtime.options import RuntimeOptions, run_with_
 from .runtime.quantize import Range, fingerprint, in_eight_bits, load_ranges, save_ranges
 
-CALIBRATION = ("a red fox in the snow", "a photograph of a street at night, many lights")
+CALIBRATION = (
+    "a red fox in the snow",
+    "a photograph of a street at night, many lights",
+    "a portrait of an old man",
+    "a bowl of fruit on a table",
+)
 """What is painted, at the model's own size, to learn the ranges of a UNet's layers."""
 TILE_SHAPES = 4
 """Of the tiles of a picture: inside, at the right and the lower rim, in the corner."""
@@ -148,7 +153,7 @@ class Engine:
             return
         sources = [self._unet.source, self.pipeline.vae.source]
         files = [place[0] for source in sources if source is not None for place in source.places.values()]
-        name = fingerprint(files, [(str(file.path), file.weight) for file in self.plan.loras])
+        name = fingerprint(files, CALIBRATION, [(str(file.path), file.weight) for file in self.plan.loras])
         path = cache_folder("ranges") / f"{name}.safetensors"
         ranges = load_ranges(path)
         if ranges is None:

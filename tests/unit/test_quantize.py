@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from fourstroke.models.layers import GEGLU, Upsample2D
 from fourstroke.runtime.openvino import Accelerated, openvino_
 from fourstroke.runtime.quantize import (
+    HEADROOM,
     LEVELS,
+    SMOOTHING,
     Range,
     eight_bits,
     fingerprint,
@@ -54,17 +56,22 @@ def test_a_smoothed_range_holds_what_was_seen_and_zero(shift: float) -> None:
     assert low <= 0 <= high
     zero = -low / step
     assert float(zero) == pytest.approx(round(float(zero)), abs=1e-3)
-    # Nothing is wasted: the range is no wider than needed, but for the whole zero point.
-    assert high - low <= 1.01 * (smaller.max().clamp(min=0) - smaller.min().clamp(max=0))
+    # Others may reach further, but not much is wasted on them.
+    width = smaller.max().clamp(min=0) - smaller.min().clamp(max=0)
+    assert 0.99 * HEADROOM * width <= high - low <= 1.01 * HEADROOM * width
 
 
-def test_smoothing_makes_channels_alike_and_keeps_the_product() -> None:
+def test_smoothing_makes_channels_more_alike_and_keeps_the_product() -> None:
     x, weight = outliers(200, 12), torch.randn(7, 12)
     smooth, _, _ = range_of(x, 1).smoothed(weight)
     torch.testing.assert_close(F.linear(x / smooth, weight * smooth), F.linear(x, weight), rtol=1e-4, atol=1e-4)
-    # With alpha one half, data and weights are equally large in every channel (SmoothQuant's equation 4).
-    ratio = (x / smooth).abs().amax(dim=0) / (weight * smooth).abs().amax(dim=0)
+    # SmoothQuant's equation 4, up to one factor for all channels.
+    largest = [values.abs().amax(dim=0) for values in (x, weight)]
+    ratio = smooth / (largest[0] ** SMOOTHING / largest[1] ** (1 - SMOOTHING))
     torch.testing.assert_close(ratio, ratio.mean().expand(12), rtol=1e-4, atol=1e-4)
+    # One of both is made more alike, and neither is made less.
+    spread = [float(values.abs().amax(dim=0).log().std()) for values in (x, x / smooth, weight, weight * smooth)]
+    assert spread[1] < spread[0]
 
 
 @pytest.mark.parametrize("dead", ["data", "weight", "both"])
@@ -111,7 +118,7 @@ def test_a_symmetric_range_is_int8() -> None:
     smaller = x / smooth
     torch.testing.assert_close(low / high, torch.tensor(-128 / 127))
     assert float(low) * 1.0001 <= smaller.min() and smaller.max() <= float(high) * 1.0001
-    assert float(smaller.min() / low) == pytest.approx(1) or float(smaller.max() / high) == pytest.approx(1)
+    assert float(torch.maximum(smaller.min() / low, smaller.max() / high)) == pytest.approx(1 / HEADROOM)
 
 
 # Layers.
@@ -184,8 +191,8 @@ def test_a_layer_in_eight_bits(name: str, precision: str) -> None:
     openvino_(network, precision, {layer: range_of(seen_by(network, layer, x), axis)})
     found = network(x)
     error = float((found - wanted).square().mean().sqrt() / wanted.std())
-    # Two roundings, of data and of weights, each about 1/255 of a range some three deviations wide.
-    assert 1e-4 < error < 0.03
+    # Two roundings, of data and of weights; of the data's 255 levels half are kept for others.
+    assert 1e-4 < error < 0.04
     assert runtime_kinds(network.forward)[0] in ("u8", "i8")
 
 
@@ -254,10 +261,15 @@ def test_a_unet_in_eight_bits_and_a_merge_into_it() -> None:
     assert sum(kind in ("u8", "i8") for kind in kinds) >= len(in_eight_bits(ranges)) - 2
 
 
-def test_the_first_and_the_last_layer_stay_as_they_are() -> None:
+def test_the_first_and_the_last_layer_and_those_behind_gates_stay_as_they_are() -> None:
     one = Range(torch.zeros(1), torch.ones(1))
-    names = ["conv_in", "conv_out", "down_blocks.0.resnets.0.conv1", "up_blocks.1.attentions.0.proj_in"]
-    assert [*in_eight_bits(dict.fromkeys(names, one))] == names[2:]
+    left = ["conv_in", "conv_out", "layers.0", "mid_block.attentions.0.transformer_blocks.0.ff.net.2"]
+    taken = [
+        "down_blocks.0.resnets.0.conv1",
+        "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
+        "layers.12",
+    ]
+    assert [*in_eight_bits(dict.fromkeys([*left, *taken], one))] == taken
 
 
 # Files.
