@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
-from fourstroke import Engine
+from fourstroke import Engine, engine
 from fourstroke.engine import CALIBRATION
 from fourstroke.hub import ZOO
 from fourstroke.runtime.openvino import Accelerated, accelerated
@@ -108,21 +108,22 @@ def test_bfloat16_is_near_it(model: str, eager: Any) -> None:
 def test_eight_bits_are_not_far(model: str, eager: Any, steps: list[bool], cache: Path) -> None:
     it = Engine(model, runtime=RuntimeOptions(quantize="int8"))
     errors = psnr(paint(it, **FIELDS[model]), eager(model))
-    assert min(errors) >= 28 and np.mean(errors) >= 30, errors
+    assert min(errors) >= 30, errors
     # The calibration comes first, and once.
     assert steps == [True] * STEPS * len(CALIBRATION) + [False] * STEPS * len(PROMPTS)
     assert len([*cache.iterdir()]) == 1
 
 
-def test_ranges_are_read_back(steps: list[bool], cache: Path) -> None:
+def test_ranges_are_read_back(steps: list[bool], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CALIBRATION", CALIBRATION[:1])
     runtime = RuntimeOptions(quantize="int8")
     first, second = (Engine("emoji", runtime=runtime) for _ in range(2))
     pictures = [it.generate("a pizza", seed=1, output_type="np").images for it in (first, second)]
-    assert steps == [True] * STEPS * len(CALIBRATION) + [False] * STEPS * 2
+    assert steps == [True] * STEPS + [False] * STEPS * 2
     assert np.array_equal(*pictures)
     ranges = [accelerated(it.pipeline.unet)[""].ranges for it in (first, second)]
     assert ranges[0] is not None and ranges[1] is not None and ranges[0].keys() == ranges[1].keys()
     assert all(torch.equal(found.low, ranges[1][name].low) for name, found in ranges[0].items())
     other = Engine("emoji", loras=["emoji/flat-lora"], runtime=runtime)
     other.generate("a pizza", seed=1, output_type="latent")
-    assert steps.count(True) == 2 * STEPS * len(CALIBRATION) and len([*cache.iterdir()]) == 2
+    assert steps.count(True) == 2 * STEPS and len([*cache.iterdir()]) == 2

@@ -21,6 +21,7 @@ from fourstroke.models.ip_adapter import attach_ip_adapters_, project, read_ip_a
 from fourstroke.runtime import openvino
 from fourstroke.runtime.compile import compile_
 from fourstroke.runtime.graph import Program
+from fourstroke.runtime.nodes import SHORT_CUTS
 from fourstroke.runtime.openvino import Accelerated, accelerated, openvino_, unopenvino_
 from fourstroke.runtime.quantize import Range
 from tests.parity.image_prompts import plain_projection
@@ -135,6 +136,18 @@ def test_weights_in_half_precision(unet: Any, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         found.float(), wanted, rtol=0, atol=8 * torch.finfo(dtype).eps * float(wanted.abs().max())
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SHORT_CUTS)
+def test_each_short_cut_can_be_left_out(name: str) -> None:
+    unet, call, graphs = tiny.unet(), inputs(), []
+    for without in ([], [name]):
+        openvino_(unet, "f32", without=without)
+        assert_near(unet(**call), plain(unet, call))
+        (found,) = unet.forward._compiled.values()
+        graphs.append(found.request.get_compiled_model().get_runtime_model().get_ops())
+    assert len(graphs[0]) != len(graphs[1])
 
 
 # Host values.
@@ -386,6 +399,10 @@ def test_copies_compile_for_themselves(unet: Any, compiled: list[Any]) -> None:
 def test_bad_arguments_are_told(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="precision is 'fp32'; it is one of bf16, f32"):
         openvino_(unet, "fp32")
+    with pytest.raises(
+        ValueError, match="without names 'chunks'; there are the short cuts doubling, group_norm, chunk"
+    ):
+        openvino_(unet, without=["chunk", "chunks"])
     monkeypatch.setattr(openvino, "available", lambda: False)
     with pytest.raises(ImportError, match=r"needs OpenVINO: pip install 'fourstroke\[cpu\]'"):
         openvino_(unet)
