@@ -148,7 +148,7 @@ class Engine:
     def _quantize(self) -> None:
         """Let UNet and decoder run in 8 bits, by the ranges on disk or, once a model, after a calibration."""
         parts = {"unet": self._unet, "decoder": self.pipeline.vae.decoder}
-        forwards = {name: accelerated(part)[""] for name, part in parts.items()}
+        forwards = {name: vars(part)["forward"] for name, part in parts.items()}
         if all(forward.ranges is not None for forward in forwards.values()):
             return
         sources = [self._unet.source, self.pipeline.vae.source]

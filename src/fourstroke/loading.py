@@ -398,18 +398,21 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it, so that no half-written file remains."""
+def write_atomically(path: Path, write: Callable[[Path], object], *, private: bool = False) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it, so that no half-written file remains.
+
+    A ``private`` file is its owner's alone, others follow the user's umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
     try:
         write(temporary)
-        # mkstemp makes private files; published ones follow the user's umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        if not private:  # as which mkstemp makes them
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -92,7 +93,7 @@ def bench(
         fields["width"], fields["height"] = options.parse_size(size)
     with warnings_as_notes(), without_network(offline):
         names = way or [name for name in USUAL if can_run(name, device)]
-        task = {"model": model, "loras": lora or [], "device": device, "fields": fields}
+        task = {"model": model, "loras": lora or [], "device": device, "fields": fields, "offline": offline}
         rows = measure(names, task, repeats)
     if not rows:
         raise RuntimeError("Nothing of it could run; the notes above say why.")
@@ -171,9 +172,10 @@ def receive(connection: Connection) -> dict[str, Any]:
 def work(connection: Connection, task: Mapping[str, Any]) -> None:
     """What runs in a process: load, paint once, then once more for every message."""
     try:
-        for answer in answers(task):
-            connection.send(answer)
-            connection.recv()
+        with without_network(task["offline"]):  # the parent's is its own
+            for answer in answers(task):
+                connection.send(answer)
+                connection.recv()
     except EOFError:
         return
     except Exception as error:  # told by the parent
@@ -200,7 +202,7 @@ def answers(task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     yield {"load_s": loaded, "first_s": paint(0), "dtype": str(engine.pipeline.dtype).removeprefix("torch.")}
-    for seed in range(1, 1_000_000):
+    for seed in itertools.count(1):
         seconds = paint(seed)
         peak = torch.cuda.max_memory_allocated() if cuda else peak_memory()
         yield {"seconds": seconds, "peak_mb": round(peak / 2**20)}

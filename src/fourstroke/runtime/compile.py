@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..loading import write_atomically
 from .cache import cache_folder
 from .calls import Arguments, Forward, describe, map_tensors, replace_forward_, restore_forward_
 
@@ -151,14 +151,7 @@ def save_artifacts(file: Path) -> bool:
     try:
         # Only for its owner: it is run.
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=file.parent, prefix=".part-")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(found[0])
-            os.replace(part, file)
-        except BaseException:
-            os.unlink(part)
-            raise
+        write_atomically(file, lambda temporary: temporary.write_bytes(found[0]), private=True)
     except OSError as error:
         warnings.warn(
             f"Compiled code cannot be kept in {file.parent} ({error.strerror or error}), so the next start compiles "

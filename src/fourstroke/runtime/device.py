@@ -57,15 +57,12 @@ def avoid_half_on_cpu_(networks: Sequence[nn.Module], device: torch.device) -> N
     """
     if device.type != "cpu":
         return
-    elsewhere = [network for network in networks if accelerated(network)]
-    halves = [
-        network
-        for network in networks
-        if network not in elsewhere and any(value.dtype == torch.float16 for value in network.parameters())
-    ]
+    halves = [network for network in networks if any(value.dtype == torch.float16 for value in network.parameters())]
     if not halves:
         return
-    if not elsewhere:
+    elsewhere = [network for network in networks if accelerated(network)]
+    halves = [network for network in halves if network not in elsewhere]
+    if halves and not elsewhere:
         warnings.warn(
             "float16 is for GPUs, and this pipeline is on the CPU: float32 runs instead. Load it with "
             'torch_dtype=torch.float32, or move it with .to("cuda") before the first picture.',

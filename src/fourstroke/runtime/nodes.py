@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from openvino import Core, Type, serialize
 from openvino import Model as Graph
+from openvino import Type, serialize
 from openvino import opset15 as ops
 from torch import Tensor
+
+from .openvino import core
 
 if TYPE_CHECKING:
     from .graph import Tracer
@@ -113,7 +115,7 @@ def _group_norm(
     axes, node = ints(*range(2, x.ndim)), t.node(x)
     given = [ops.reduce_mean(node, axes, True), ops.reduce_l2(node, axes, True), t.node(weight), t.node(bias)]
     xml, weights = statistics(rows, channels, pixels, groups, eps)
-    part = Core().read_model(xml, weights)
+    part = core().read_model(xml, weights)
     for parameter, value in zip(part.get_parameters(), given, strict=True):
         for target in parameter.output(0).get_target_inputs():
             target.replace_source_output(value.output(0))

@@ -16,8 +16,8 @@ import functools
 import importlib.util
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ HOST = ("timestep", "added_cond_kwargs", "timestep_cond", "conditioning_scale")
 """Arguments of networks that `graph.trace` takes for host values."""
 HOST_RESULTS = 64
 """Sets of host values that are kept: those of so many different timesteps."""
+
+
+ValueT = TypeVar("ValueT")
 
 
 class Compiled(NamedTuple):
@@ -96,12 +99,7 @@ class Accelerated(Forward):
             self._compiled.clear()
             self._weights = weights
         key = self.observed is not None, describe(arguments)
-        if key not in self._compiled:
-            while len(self._compiled) >= self.shapes:
-                self._compiled.popitem(last=False)
-            self._compiled[key] = self._compile(network, arguments)
-        self._compiled.move_to_end(key)
-        found = self._compiled[key]
+        found = remember(self._compiled, key, self.shapes, lambda: self._compile(network, arguments))
         return self.plain(arguments) if found is None else self._run(found, tensors, network)
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
@@ -153,12 +151,17 @@ def host_values(compiled: Compiled, tensors: list[Tensor]) -> dict[int, Tensor]:
     program, known = compiled.program, compiled.host
     given = [tensors[number] for number in program.host_inputs]
     key = b"".join(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for tensor in given)
-    if key not in known:
-        while len(known) >= HOST_RESULTS:
-            known.popitem(last=False)
-        known[key] = program.run_host(tensors)
-    known.move_to_end(key)
-    return known[key]
+    return remember(known, key, HOST_RESULTS, lambda: program.run_host(tensors))
+
+
+def remember(kept: OrderedDict[Any, ValueT], key: Any, most: int, make: Callable[[], ValueT]) -> ValueT:
+    """What is kept under ``key``, made if it is not there; of more than ``most`` those used last stay."""
+    if key not in kept:
+        while len(kept) >= most:
+            kept.popitem(last=False)
+        kept[key] = make()
+    kept.move_to_end(key)
+    return kept[key]
 
 
 def openvino_(
@@ -189,8 +192,7 @@ def openvino_(
         ValueError: there is no such precision, or no such short cut.
         RuntimeError: another backend runs ``network`` already.
     """
-    if not available():
-        raise ImportError("The backend 'openvino' needs OpenVINO: pip install 'fourstroke[cpu]'.")
+    require()
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it is one of {', '.join(PRECISIONS)}.")
     from .nodes import SHORT_CUTS
@@ -218,6 +220,16 @@ def accelerated(network: nn.Module) -> dict[str, Accelerated]:
 def available() -> bool:
     """Whether OpenVINO is installed."""
     return importlib.util.find_spec("openvino") is not None
+
+
+def require() -> None:
+    """Check that OpenVINO is installed.
+
+    Raises:
+        ImportError: it is not; the message says how to get it.
+    """
+    if not available():
+        raise ImportError("The backend 'openvino' needs OpenVINO: pip install 'fourstroke[cpu]'.")
 
 
 @functools.lru_cache(maxsize=1)

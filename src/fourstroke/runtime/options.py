@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -43,11 +43,11 @@ class RuntimeOptions:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("backend", BACKENDS), ("quantize", (None, *QUANTIZATIONS)), ("vae", VAES)):
-            value = getattr(self, name)
-            if value not in choices:
-                known = ", ".join(repr(choice) for choice in choices)
-                raise ValueError(f"{name} is {value!r}; it is one of {known}.")
+        for each in fields(self):
+            value, choices = getattr(self, each.name), each.metadata.get("choices")
+            if choices is not None and value not in (each.default, *choices):
+                known = ", ".join(repr(choice) for choice in dict.fromkeys((each.default, *choices)))
+                raise ValueError(f"{each.name} is {value!r}; it is one of {known}.")
         if self.quantize and self.backend not in ("auto", "openvino"):
             raise ValueError(f"quantize={self.quantize!r} needs backend='openvino'; backend is {self.backend!r}.")
 
@@ -62,22 +62,22 @@ class RuntimeOptions:
             ValueError: what is asked for does not run on this device.
             ImportError: OpenVINO is asked for and not installed.
         """
-        backend = self.backend
+        backend = "openvino" if self.quantize else self.backend
         if backend == "auto" and device.type == "cuda" and not self.offload:
             backend = "cudagraph"
-        elif backend == "auto" and device.type == "cpu" and openvino.available():
-            backend = "openvino" if channels >= WIDE or self.quantize else "eager"
+        elif backend == "auto" and device.type == "cpu" and channels >= WIDE and openvino.available():
+            backend = "openvino"
         elif backend == "auto":
             backend = "eager"
-        if (backend == "openvino" or self.quantize) and device.type != "cpu":
+        if backend == "openvino" and device.type != "cpu":
             raise ValueError(f"backend 'openvino' (and quantize) run on the CPU; the device is {str(device)!r}.")
         if backend == "cudagraph" and device.type != "cuda":
             raise ValueError(f"backend 'cudagraph' needs an NVIDIA GPU; the device is {str(device)!r}.")
-        if (backend == "openvino" or self.quantize) and not openvino.available():
-            raise ImportError("The backend 'openvino' needs OpenVINO: pip install 'fourstroke[cpu]'.")
+        if backend == "openvino":
+            openvino.require()
         if self.offload and device.type == "cpu":
             raise ValueError("offload moves networks to a GPU while they work; leave it out, the device is 'cpu'.")
-        return replace(self, backend="openvino" if self.quantize else backend)
+        return replace(self, backend=backend)
 
 
 def run_with_(
