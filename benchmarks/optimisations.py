@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import weights
+from pictures import psnr
 from timing import Row, arguments, summary, write
 from torch import Tensor, nn
 
 from fourstroke import AutoencoderKL, UNet2DConditionModel
 from fourstroke.runtime.calls import replace_forward_
-from fourstroke.runtime.openvino import Accelerated, best_precision, openvino_, unopenvino_
-from fourstroke.runtime.quantize import in_eight_bits
+from fourstroke.runtime.openvino import Accelerated, best_precision, unopenvino_
+from fourstroke.runtime.quantize import Range, in_eight_bits
 
 WITHOUT = {
     "upsampling folded into its convolution": ("doubling",),
@@ -30,41 +30,37 @@ WITHOUT = {
 }
 
 
-def variants(part: nn.Module, precision: str, ranges: Any) -> dict[str, Callable[[], Accelerated | None]]:
-    """What is compared: name -> what puts it onto the network; the first is the usual way."""
-
-    def torch_() -> None:
-        unopenvino_(part)
-
-    made: dict[str, Callable[[], Accelerated | None]] = {"all": lambda: openvino_(part, precision)}
-    for name, without in WITHOUT.items():
-        made[name] = lambda without=without: openvino_(part, precision, without=without)
-    made[f"{precision} instead of float32"] = lambda: openvino_(part, "f32")
-    made["OpenVINO instead of torch"] = torch_
-    made["8 bits"] = lambda: openvino_(part, precision, ranges)
-    return made
+def variants(part: nn.Module, precision: str, ranges: Any) -> dict[str, Accelerated | None]:
+    """What is compared, the usual way first; None is torch. Each is compiled in its first run."""
+    ways: dict[str, Accelerated | None] = {"all": Accelerated(part, precision)}
+    ways |= {name: Accelerated(part, precision, without=without) for name, without in WITHOUT.items()}
+    ways[f"{precision} instead of float32"] = Accelerated(part, "f32")
+    ways["OpenVINO instead of torch"] = None
+    ways["8 bits"] = Accelerated(part, precision, ranges)
+    return ways
 
 
-def psnr(value: Tensor, reference: Tensor) -> float:
-    """Of ``value`` in dB, against the largest value of ``reference``."""
-    error = (value.double() - reference.double()).square().mean().clamp(min=1e-20)
-    return float(10 * torch.log10(reference.double().abs().max().square() / error))
+def closeness(value: Tensor, reference: Tensor) -> float:
+    """PSNR of ``value`` in dB, against the largest value of ``reference``."""
+    wide = reference.double().numpy()
+    return round(psnr(value.double().numpy(), wide, abs(wide).max()), 1)
 
 
 @torch.no_grad()
 def rows_of(case: str, part: nn.Module, inputs: tuple[Any, ...], options: argparse.Namespace) -> list[Row]:
     """A row a variant. Each takes turns with the usual way alone, for every compiled graph holds all weights."""
-    precision = best_precision()
     reference = part(*inputs)
-    observer = openvino_(part, "f32")
-    observer.observed = {}
-    part(*inputs)
-    made = variants(part, precision, in_eight_bits(observer.observed))
-    usual = made.pop("all")()
-    rows = [{"case": case, "variant": "all", "psnr_db": round(psnr(part(*inputs), reference), 1)}]
-    for name, put_on in made.items():
-        variant = put_on()
-        error = psnr(part(*inputs), reference)
+    found: dict[str, Range] = {}
+    observer = Accelerated(part, "f32")
+    observer.observed = found
+    run_with(part, observer)(*inputs)
+    del observer
+    ways = variants(part, best_precision(), in_eight_bits(found))
+    usual = ways.pop("all")
+    rows = [{"case": case, "variant": "all", "psnr_db": closeness(run_with(part, usual)(*inputs), reference)}]
+    for name in [*ways]:
+        variant = ways.pop(name)  # the one before goes, with its graph
+        error = closeness(run_with(part, variant)(*inputs), reference)
         seconds: dict[Any, list[float]] = {usual: [], variant: []}
         for _ in range(options.repeats):
             for forward, values in seconds.items():
@@ -72,18 +68,18 @@ def rows_of(case: str, part: nn.Module, inputs: tuple[Any, ...], options: argpar
                 start = time.perf_counter()
                 part(*inputs)
                 values.append(time.perf_counter() - start)
-        base = median(seconds[usual])
         rows[0] |= summary(seconds[usual])
-        rows.append({"case": case, "variant": name, "psnr_db": round(error, 1), **summary(seconds[variant], base)})
-        run_with(part, None)
+        base = median(seconds[usual])
+        rows.append({"case": case, "variant": name, "psnr_db": error, **summary(seconds[variant], base)})
     return rows
 
 
-def run_with(part: nn.Module, forward: Accelerated | None) -> None:
-    """Let ``part`` run what was compiled before, or its own forward."""
+def run_with(part: nn.Module, forward: Accelerated | None) -> nn.Module:
+    """``part``, which runs ``forward`` from now on, or its own forward."""
     unopenvino_(part)
     if forward is not None:
         replace_forward_(part, forward)
+    return part
 
 
 def main() -> None:
@@ -94,9 +90,10 @@ def main() -> None:
     model = "emoji/base" if options.tiny else str(weights.find("sd15", "repository", options.cache))
     generator = torch.Generator().manual_seed(0)
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").requires_grad_(False)
-    side = unet.config.sample_size
+    config: Any = unet.config
+    side = config.sample_size
     latents = torch.randn(1, 4, side, side, generator=generator)
-    text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=generator)
+    text = torch.randn(1, 77, config.cross_attention_dim, generator=generator)
     rows = rows_of("UNet step", unet, (latents, torch.tensor(759), text), options)
     del unet
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae").requires_grad_(False)

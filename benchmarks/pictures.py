@@ -185,10 +185,10 @@ def closeness(folder: Path, case: Case, name: str) -> Row:
     return {"psnr_db": round(psnr(first, second), 2), "ssim": round(ssim(first, second), 4)}
 
 
-def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of (N, H, W, 3) pictures from 0 to 255; 99 for equal ones."""
+def psnr(first: np.ndarray, second: np.ndarray, peak: float = 255) -> float:
+    """Peak signal-to-noise ratio in dB of two arrays of one shape, pictures from 0 to 255; 99 for equal ones."""
     error = float(((first - second) ** 2).mean())
-    return 10 * float(np.log10(255**2 / error)) if error else 99.0
+    return 10 * float(np.log10(peak**2 / error)) if error else 99.0
 
 
 def ssim(first: np.ndarray, second: np.ndarray) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "fourstroke", "diffusers", "transformers", "peft", "openvino", "openvino-genai", "nncf")
+PACKAGES = ("torch", "fourstroke", "diffusers", "transformers", "peft", "openvino", "openvino-genai")
 # Columns that say where and when: one line above a table.
 CIRCUMSTANCES = ("date", "threads", "machine", "versions")
 Row = dict[str, Any]

@@ -8,13 +8,12 @@ import torch
 
 from fourstroke import AutoencoderTiny, Control, Engine
 from fourstroke.engine import where_to_run
+from fourstroke.runtime.options import RuntimeOptions
 
 from .protocol import Clock, Job, Paint, picture, prompts, serve
 
 
 def load(job: Job, clock: Clock) -> Paint:
-    from fourstroke.runtime.options import RuntimeOptions
-
     files = job["files"]
     given: dict[str, Any] = {"device": job["device"], "dtype": job["dtype"] and getattr(torch, job["dtype"])}
     if job["tiny_vae"]:
