@@ -288,9 +288,10 @@ def render(results: Mapping[str, Any], pictures: Path) -> str:
         "sharpness (energy of the Laplacian) relative to the real pictures.", "",
         "| bar | figure | |", "|---|---|---|",
     ]  # fmt: skip
-    for group in bars(sections).values():
+    judged = bars(sections)
+    for group in judged.values():
         lines += [f"| {claim} | {figure} | {'holds' if holds else '**missed**'} |" for claim, figure, holds in group]
-    lines += ["", *reasons(bars(sections))]
+    lines += ["", *reasons(judged)]
     if results["left_out"]:
         lines += ["Left out:", "", *(f"- {name}: {reason}" for name, reason in results["left_out"].items()), ""]
     for part in PARTS:
