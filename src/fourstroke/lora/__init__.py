@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from .adapter_set import AdapterSet
 from .few_step import Settings, recommended
 from .info import LoraInfo, inspect_lora
-from .merge import AdapterSet, merge_weight
+from .merge import merge_weight
 from .pairs import AdapterWeights, Diff, Dora, LoHa, LoKr, LoraError, LoraPair
 from .reading import read_lora
 from .weights import Lora, save_lora

@@ -1,6 +1,6 @@
 """LoRAs of pipelines by name, under diffusers' names: each function here is a method of every pipeline.
 
-What they do is done by `fourstroke.lora.merge.AdapterSet`; weights change when a picture is painted, not before.
+What they do is done by `fourstroke.lora.adapter_set.AdapterSet`; weights change when a picture is painted, not before.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from ..conditioning import Components
 from ..denoise import DenoiseState
 from ..left_out import MEMBERS, PAGE
 from ..loading import warn_unknown
+from ..lora.adapter_set import AdapterSet, adapters_of
 from ..lora.keys import unwrap
-from ..lora.merge import AdapterSet, adapters_of
 from ..models.controlnet import MultiControlNetModel
 from ..models.motion import attach_motion_
 from ..models.t2i_adapter import MultiAdapter

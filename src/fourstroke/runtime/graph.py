@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from .calls import Arguments, map_tensors, tensors_in
+from .marks import widened
 from .nodes import EMITTERS, Unsupported, ints
 from .quantize import LAYERS, LEVELS, Range, eight_bits
 
@@ -205,7 +206,7 @@ class Tracer(TorchFunctionMode):
         tensor = tensor.detach().contiguous()
         self.program.memory.append(tensor)
         node = Constant(shared_memory(tensor), shared_memory=True)
-        return node if tensor.dtype == torch.float32 else ops.convert(node, "f32")
+        return node if tensor.dtype == torch.float32 else widened(node)
 
     def layer(self, x: Tensor, weight: Tensor, axis: int, name: str, turned: bool = False) -> tuple[Node, Node]:
         """The input and the weight of a convolution or linear layer, in 8 bits if its range is known.
@@ -234,8 +235,10 @@ class Tracer(TorchFunctionMode):
         limits = [self.constant(bound.view([1] * x.ndim)) for bound in (low, high)]
         whole, scale = eight_bits(weight, smooth)
         if turned:
-            whole, scale = whole.transpose(0, 1), scale.transpose(0, 1)
-        weights = ops.multiply(self.constant(whole), self.constant(scale))
+            whole, scale = whole.transpose(0, 1).contiguous(), scale.transpose(0, 1)
+        self.program.memory.append(whole)
+        steps = ops.convert(Constant(shared_memory(whole), shared_memory=True), "f32")
+        weights = ops.multiply(steps, self.constant(scale))
         return ops.fake_quantize(smaller, *limits, *limits, LEVELS), weights
 
     def _shape_alone(self, tensor: Tensor) -> Tensor:

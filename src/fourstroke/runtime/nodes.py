@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from openvino import Model as Graph
-from openvino import Type, serialize
+from openvino import Type
 from openvino import opset15 as ops
 from torch import Tensor
 
-from .openvino import core
+from .marks import insert, precise
 
 if TYPE_CHECKING:
     from .graph import Tracer
@@ -114,24 +112,20 @@ def _group_norm(
     rows, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     axes, node = ints(*range(2, x.ndim)), t.node(x)
     given = [ops.reduce_mean(node, axes, True), ops.reduce_l2(node, axes, True), t.node(weight), t.node(bias)]
-    xml, weights = statistics(rows, channels, pixels, groups, eps)
-    part = core().read_model(xml, weights)
-    for parameter, value in zip(part.get_parameters(), given, strict=True):
-        for target in parameter.output(0).get_target_inputs():
-            target.replace_source_output(value.output(0))
     shape = ints(rows, channels, *[1] * (x.ndim - 2))
     # The reshapes keep the big multiplication apart from what must stay float32.
-    scale, shift = (ops.reshape(result.input_value(0), shape, False) for result in part.get_results())
+    scale, shift = (
+        ops.reshape(value, shape, False) for value in insert(statistics(rows, channels, pixels, groups, eps), given)
+    )
     return ops.add(ops.multiply(node, scale), shift)
 
 
 @functools.lru_cache(maxsize=256)
-def statistics(rows: int, channels: int, pixels: int, groups: int, eps: float) -> tuple[bytes, bytes]:
-    """A graph, as OpenVINO's XML and weights: channels' means and L2 norms (rows, channels, 1, 1), weight and bias
-    (channels,) -> scale and shift of group normalisation (Wu & He 2018), (rows, groups, channels / groups).
+def statistics(rows: int, channels: int, pixels: int, groups: int, eps: float) -> Graph:
+    """From channels' means and L2 norms (rows, channels, 1, 1), weight and bias (channels,) to scale and shift of group
+    normalisation (Wu & He 2018), (rows, groups, channels / groups).
 
-    Its operations are marked to stay float32 whatever the graph around them runs in: in bfloat16 the difference
-    E[x^2] - E[x]^2 would lose what it is about. Only what is read from XML can be marked.
+    All of it stays float32: in bfloat16 the difference E[x^2] - E[x]^2 would lose what it is about.
     """
     apart = (groups, channels // groups)
     parameters = [ops.parameter(shape, Type.f32) for shape in ([rows, channels, 1, 1],) * 2 + ([channels],) * 2]
@@ -145,14 +139,7 @@ def statistics(rows: int, channels: int, pixels: int, groups: int, eps: float) -
     variance = ops.relu(ops.add(square, ops.multiply(mean, minus)))
     scale = ops.multiply(ops.power(ops.add(variance, scalar(eps)), scalar(-0.5)), weight)
     shift = ops.add(bias, ops.multiply(minus, scale))
-    graph = Graph([ops.result(scale), ops.result(shift)], parameters)  # pyright: ignore[reportGeneralTypeIssues]
-    for node in graph.get_ops():
-        if node.get_type_name() not in ("Parameter", "Constant", "Result"):
-            node.get_rt_info()["precise_0"] = ""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "statistics.xml"
-        serialize(graph, path)
-        return path.read_bytes(), path.with_suffix(".bin").read_bytes()
+    return precise([scale, shift], parameters)
 
 
 def _layer_norm(
