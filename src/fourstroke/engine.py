@@ -14,6 +14,7 @@ from PIL import Image
 from . import hub, schedulers
 from .denoise import DenoiseState
 from .families import IMAGE_ENCODERS, WEIGHTS, Base, family_of, look_at
+from .latents import decode
 from .loading import Model
 from .lora.keys import unwrap
 from .models.controlnet import ControlNetModel
@@ -26,7 +27,7 @@ from .pipelines.pipeline import DiffusionPipeline
 from .plan import make_plan, split_place
 from .request import Control, GenerateRequest, GenerateResult
 from .runtime.cache import cache_folder
-from .runtime.openvino import accelerated, openvino_
+from .runtime.openvino import Accelerated, accelerated, openvino_
 from .runtime.options import RuntimeOptions, run_with_
 from .runtime.quantize import Range, fingerprint, in_eight_bits, load_ranges, save_ranges
 
@@ -157,21 +158,29 @@ class Engine:
         path = cache_folder("ranges") / f"{name}.safetensors"
         ranges = load_ranges(path)
         if ranges is None:
-            seen: dict[str, dict[str, Range]] = {part: {} for part in parts}
-            for part, forward in forwards.items():
-                forward.observed = seen[part]
-            for seed, prompt in enumerate(CALIBRATION):
-                self._paint(self.load(self._plain_request(prompt, seed)))
-            ranges = {f"{part}.{name}": found for part, own in seen.items() for name, found in own.items()}
+            ranges = self._calibrate(**forwards)
             save_ranges(path, ranges)
         for name, part in parts.items():
             own = {key.removeprefix(f"{name}."): found for key, found in ranges.items() if key.startswith(f"{name}.")}
             openvino_(part, forwards[name].precision, in_eight_bits(own), forwards[name].shapes)
 
+    def _calibrate(self, unet: Accelerated, decoder: Accelerated) -> dict[str, Range]:
+        """The ranges of both networks' layers (``unet.….conv1``), seen while the calibration's pictures are painted."""
+        seen: dict[str, dict[str, Range]] = {"unet": {}, "decoder": {}}
+        unet.observed, decoder.observed = seen["unet"], seen["decoder"]
+        requests = [self._plain_request(prompt, seed) for seed, prompt in enumerate(CALIBRATION)]
+        painted = [self._paint(self.load(request)).images for request in requests]
+        unet.clear()  # one network after the other, for graphs that tell ranges take more memory than others
+        with torch.no_grad():
+            for latents in painted:
+                decode(self.pipeline.vae, latents)
+        decoder.clear()
+        return {f"{part}.{name}": found for part, own in seen.items() for name, found in own.items()}
+
     def _plain_request(self, prompt: str, seed: int) -> GenerateRequest:
         """What any model can do: a picture of its own size, all of it new."""
         height, width = self.base.size
-        fields: dict[str, Any] = {"height": height, "width": width, "seed": seed, "output_type": "pt"}
+        fields: dict[str, Any] = {"height": height, "width": width, "seed": seed, "output_type": "latent"}
         if self.base.channels == 9:
             fields["image"] = Image.new("RGB", (width, height), "grey")
             fields["mask_image"] = Image.new("L", (width, height), "white")

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import hub
 from .config import Config, config_from_dict, config_to_dict
 from .hub import read_json
+from .parts import cast
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,8 +28,6 @@ CONFIG_NAME = "config.json"
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 MAX_LISTED = 20
-CAST_BLOCK = 1 << 20
-"""Values that are converted at a time, in memory that stays in a CPU's caches."""
 # Of a file on the hub: the repository, the revision (if any) and the path in it.
 ADDRESS = r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:(?:blob|resolve)/([^/]+)/)?([^?]+)(?:\?.*)?"
 
@@ -102,16 +101,6 @@ def open_tensors(path: Path) -> Any:
         raise WeightError(
             f"{path} is not a readable .safetensors file ({error}); download or convert it again."
         ) from None
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``; between the half formats by way of float32, which takes torch a fifth of the time."""
-    if tensor.device.type != "cpu" or {tensor.dtype, dtype} != {torch.float16, torch.bfloat16}:
-        return tensor.to(dtype)
-    result = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-    for part, given in zip(result.view(-1).split(CAST_BLOCK), tensor.flatten().split(CAST_BLOCK), strict=True):
-        part.copy_(given.float())
-    return result
 
 
 class WeightSource:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fourstroke.lora import AdapterSet, Lora, LoraError, merge, merge_weight
+from fourstroke import parts
+from fourstroke.lora import AdapterSet, Lora, LoraError, merge_weight
 from fourstroke.models.unet import UNet2DConditionModel
 
 from .lora_toys import lora, pair, same, snapshot, toy, unet
@@ -145,8 +146,8 @@ def test_mapped_weights_are_given_back(tmp_path: Path) -> None:
 def test_blocks_of_rows_are_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     models = [toy(), toy()]
     a, b = lora(models[0], "a", 1), lora(models[0], "b", 2)
-    for model, block in zip(models, (merge.BLOCK, 7), strict=True):
-        monkeypatch.setattr(merge, "BLOCK", block)
+    for model, block in zip(models, (parts.BLOCK, 7), strict=True):
+        monkeypatch.setattr(parts, "BLOCK", block)
         adapters = AdapterSet({"unet": model})
         adapters.add("a", a)
         adapters.add("b", b)

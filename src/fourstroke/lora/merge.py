@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..loading import WeightError, cast
+from ..loading import WeightError
+from ..parts import cast, in_rows
 from .keys import parameter_places
 from .pairs import AdapterWeights, LoraError, LoraPair, like, misfit
 
 Terms = tuple[tuple[AdapterWeights, float], ...]
-BLOCK = 1 << 21
-"""Values that are merged at a time on a CPU: 8 MB in float32."""
 
 
 def merge_weight(base: Tensor, terms: Iterable[tuple[AdapterWeights, float]]) -> Tensor:
@@ -49,32 +48,27 @@ def merge_weight(base: Tensor, terms: Iterable[tuple[AdapterWeights, float]]) ->
 
 
 @torch.no_grad()
-def merge_rows_(weight: Tensor, base: Callable[[Any], Tensor], terms: Terms) -> None:
-    """``weight.copy_(merge_weight(base(...), terms))``, on a CPU in the time of the arithmetic alone.
+def merge_(weight: Tensor, base: Tensor, formats: Iterable[torch.dtype], terms: Terms) -> None:
+    """Write ``base``, rounded to each of ``formats`` in turn, and what ``terms`` add (`merge_weight`) to ``weight``.
 
-    So many rows at a time as stay in the CPU's caches are merged in one scratch: fresh memory for each step would take
-    several times as long. Terms that are more than a product of two matrices change all rows at once.
-
-    Args:
-        weight: what is written, of the shape of the base.
-        base: the rows of the pristine parameter that an index selects.
-        terms: as `merge_weight` takes them.
+    On a CPU products of two matrices are added to some rows after the other, in a third of the time.
     """
     pairs = [(pair, factor) for pair, factor in terms if isinstance(pair, LoraPair) and pair.mid is None]
     if weight.device.type != "cpu" or not terms or len(pairs) < len(terms):
-        weight.copy_(merge_weight(base(...), terms))
+        for dtype in formats:
+            base = base.to(weight.device, dtype)
+        weight.copy_(merge_weight(base, terms))
         return
-    rows, columns = len(weight), math.prod(weight.shape[1:])
-    step = min(rows, max(1, BLOCK // columns))
-    scratch = torch.empty(step, columns, dtype=torch.promote_types(weight.dtype, torch.float32))
-    parts = [(like(p.up, scratch).flatten(1), like(p.down, scratch).flatten(1), f * p.scale) for p, f in pairs]
-    for first in range(0, rows, step):
-        part = slice(first, first + step)
-        total = scratch[: rows - first]
-        total.copy_(base(part).flatten(1))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    parts = [(pair.up.to("cpu", wide).flatten(1), pair.down.to("cpu", wide).flatten(1), pair.scale * factor)
+             for pair, factor in pairs]  # fmt: skip
+    narrow = [dtype for before, dtype in pairwise((base.dtype, *formats)) if dtype not in (before, wide)]
+    for rows, total in in_rows(base, wide):
+        for dtype in narrow:
+            total.copy_(total.to(dtype))
         for up, down, factor in parts:
-            total.addmm_(up[part], down, alpha=factor)
-        weight[part].copy_(total.view(weight[part].shape))
+            total.addmm_(up[rows], down, alpha=factor)
+        weight[rows].copy_(total.view(weight[rows].shape))
 
 
 @dataclass
@@ -176,18 +170,14 @@ class Bases:
         if slot.applied == terms and slot.applied_dtype in (None, parameter.dtype):
             return False
         stored = self.source.read(name) if slot.copy is None else slot.copy
-
-        def base(rows: Any) -> Tensor:
-            # First the dtype in which the base was seen, then today's: the rounding of ``model.to`` without adapters.
-            return cast(cast(stored[rows], slot.dtype).to(parameter.device), parameter.dtype)
-
         if slot.mapped and not terms and (stored.device, stored.dtype) == (parameter.device, parameter.dtype):
             parameter.data = stored
         else:
             if slot.mapped and stored.data_ptr() == parameter.data_ptr():
                 # Memory that is mapped from a file would be copied page by page when it is written, far slower.
                 parameter.data = torch.empty_like(parameter)
-            merge_rows_(parameter, base, terms)
+            # First the dtype in which the base was seen, then today's: the rounding of ``model.to`` without adapters.
+            merge_(parameter, stored, (slot.dtype, parameter.dtype), terms)
         slot.applied, slot.version = terms, write_count(parameter)
         slot.applied_dtype = parameter.dtype if terms else None
         if not terms and (slot.copy is not None or slot.dtype != parameter.dtype):

@@ -102,6 +102,10 @@ class Accelerated(Forward):
         found = remember(self._compiled, key, self.shapes, lambda: self._compile(network, arguments))
         return self.plain(arguments) if found is None else self._run(found, tensors, network)
 
+    def clear(self) -> None:
+        """Drop what is compiled, and its memory; the next call compiles anew."""
+        self._compiled.clear()
+
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """As `Forward.arguments`; a ``conditioning_scale`` is a tensor too, so that each has not a graph of its own."""
         scale = kwargs.get("conditioning_scale")

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..loading import open_tensors, save_tensors
+from ..parts import in_rows
 
 LAYERS = (nn.Conv2d, nn.Linear)
 OUTERMOST = ("conv_in", "conv_out", "layers.0")
-GATED = ".ff.net.2"
+UNEVEN = (".conv_shortcut", "samplers.", ".ff.net.2")
+"""Parts of the names of layers whose input no norm has evened out: what residual blocks add up, and products of gates
+(GEGLU)."""
 LEVELS = 256
 SMOOTHING = 0.25
 """How much of the channels' differences goes into the weights; alpha of SmoothQuant's equation 4. With the usual half,
@@ -46,7 +49,10 @@ class Range(NamedTuple):
         values are those of int8 times one step, -128 to 127; otherwise zero is any of the 256 levels.
         """
         size = torch.maximum(self.low.abs(), self.high.abs()).clamp(min=1e-6)
-        weights = weight.detach().float().abs().amax(dim=[i for i in range(weight.ndim) if i != 1]).clamp(min=1e-6)
+        weights = torch.full(size.shape, 1e-6)
+        for _, rows in in_rows(weight.detach()):
+            # Dimension by dimension, and not by aminmax: dozens of times as fast in torch.
+            torch.maximum(weights, rows.abs_().amax(0).view(len(size), -1).amax(1), out=weights)
         smooth = size**SMOOTHING / weights ** (1 - SMOOTHING)
         smooth = smooth / smooth.log().mean().exp()
         low, high = (self.low / smooth).min().clamp(max=0), (self.high / smooth).max().clamp(min=1e-6)
@@ -63,19 +69,25 @@ class Range(NamedTuple):
 
 def eight_bits(weight: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (C_out, C, …), its input channels times ``smooth`` (C,), as int8 and scales (C_out, 1, …) in float32."""
-    wide = weight.detach().to(torch.float32, copy=True).mul_(smooth.view(1, -1, *[1] * (weight.ndim - 2)))
-    low, high = wide.flatten(1).aminmax(dim=1)
-    scale = torch.maximum(-low, high).clamp(min=1e-12).view(-1, *[1] * (weight.ndim - 1)) / 127
-    return wide.div_(scale).round_().to(torch.int8), scale
+    whole = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight), *[1] * (weight.ndim - 1))
+    for rows, values in in_rows(weight.detach()):
+        values.view(len(values), len(smooth), -1).mul_(smooth.view(1, -1, 1))
+        scale = torch.maximum(-values.amin(1, True), values.amax(1, True)).clamp_(min=1e-12).div_(127)
+        scales[rows] = scale.view(scales[rows].shape)
+        whole[rows] = values.div_(scale).round_().view(whole[rows].shape)
+    return whole, scales
 
 
 def in_eight_bits(ranges: Mapping[str, Range]) -> dict[str, Range]:
     """The ranges of those layers that run in 8 bits.
 
-    That is all but the first and the last, small ones that all depends on, and those behind a gate (GEGLU), whose
-    products reach ten times as far for one prompt as for another.
+    That is all but the first and the last, small ones that all depends on, and those whose input is uneven: few large
+    values would leave a handful of levels to the others, and one prompt reaches ten times as far as another. They are
+    little of the arithmetic and would be nearly all of the error.
     """
-    return {name: found for name, found in ranges.items() if name not in OUTERMOST and GATED not in name}
+    uneven = {name for name in ranges if any(part in name for part in UNEVEN)}
+    return {name: found for name, found in ranges.items() if name not in OUTERMOST and name not in uneven}
 
 
 def fingerprint(files: Iterable[Path], *more: object) -> str:
