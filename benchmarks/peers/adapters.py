@@ -73,12 +73,13 @@ def load(job: Job, clock: Clock) -> Paint:
         if job["steps"]:
             timed("step, all LoRAs", step)
         added.append(status("VmRSS") - before)
-        if not ours:
-            pipe.unfuse_lora()
         timed("unload", unload)
         return {"seconds": seconds, "exact": exact, "added": added[0]}
 
     def unload() -> None:
+        """Give the weights back as they were without a LoRA."""
+        if not ours:
+            pipe.unfuse_lora()
         pipe.unload_lora_weights()
         if ours:
             pipe.merge_adapters()

@@ -261,14 +261,18 @@ def test_a_unet_in_eight_bits_and_a_merge_into_it() -> None:
     assert sum(kind in ("u8", "i8") for kind in kinds) >= len(in_eight_bits(ranges)) - 2
 
 
-def test_the_first_and_the_last_layer_and_those_behind_gates_stay_as_they_are() -> None:
+def test_what_stays_as_it_is() -> None:
     one = Range(torch.zeros(1), torch.ones(1))
-    left = ["conv_in", "conv_out", "layers.0", "mid_block.attentions.0.transformer_blocks.0.ff.net.2"]
-    taken = [
-        "down_blocks.0.resnets.0.conv1",
-        "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    left = [
+        "conv_in",
+        "conv_out",
         "layers.12",
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.2",
+        "down_blocks.1.resnets.0.conv_shortcut",
+        "down_blocks.0.downsamplers.0.conv",
+        "up_blocks.0.upsamplers.0.conv",
     ]
+    taken = ["down_blocks.0.resnets.0.conv1", "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj"]
     assert [*in_eight_bits(dict.fromkeys([*left, *taken], one))] == taken
 
 

@@ -41,8 +41,9 @@ class AdapterSet:
     ``W <- base + sum`` from the pristine base into the same storage, for the parameters whose sum has changed, so any
     way back ends at the bits of the start, compiled models stay compiled, and a running picture costs nothing extra.
 
-    The base is read again from the model's own file (``model.source``) where that gives the same bits; only elsewhere
-    a copy is kept while an adapter acts. Meanwhile the weights belong to this object: overwriting them in place, or
+    Weights that are mapped from a file stay there as the base, and the sum gets memory of its own while an adapter
+    acts. Others are read again from the model's own file (``model.source``) where that gives the same bits; only
+    elsewhere a copy of the base is kept. Meanwhile the weights belong to this object: overwriting them in place, or
     replacing a parameter, gives a new base. Pipelines that share models must share the set.
 
     Args:

@@ -19,10 +19,12 @@ from ..loading import open_tensors, save_tensors
 from ..parts import in_rows
 
 LAYERS = (nn.Conv2d, nn.Linear)
-OUTERMOST = ("conv_in", "conv_out", "layers.0")
+OUTERMOST = ("conv_in", "conv_out")
 UNEVEN = (".conv_shortcut", "samplers.", ".ff.net.2")
 """Parts of the names of layers whose input no norm has evened out: what residual blocks add up, and products of gates
 (GEGLU)."""
+NORMLESS = "layers."
+"""How the names of a tiny autoencoder's layers begin; it has no norm at all."""
 LEVELS = 256
 SMOOTHING = 0.25
 """How much of the channels' differences goes into the weights; alpha of SmoothQuant's equation 4. With the usual half,
@@ -86,7 +88,7 @@ def in_eight_bits(ranges: Mapping[str, Range]) -> dict[str, Range]:
     values would leave a handful of levels to the others, and one prompt reaches ten times as far as another. They are
     little of the arithmetic and would be nearly all of the error.
     """
-    uneven = {name for name in ranges if any(part in name for part in UNEVEN)}
+    uneven = {name for name in ranges if name.startswith(NORMLESS) or any(part in name for part in UNEVEN)}
     return {name: found for name, found in ranges.items() if name not in OUTERMOST and name not in uneven}
 
 
