@@ -51,7 +51,7 @@ def merge_weight(base: Tensor, terms: Iterable[tuple[AdapterWeights, float]]) ->
 def merge_(weight: Tensor, base: Tensor, formats: Iterable[torch.dtype], terms: Terms) -> None:
     """Write ``base``, rounded to each of ``formats`` in turn, and what ``terms`` add (`merge_weight`) to ``weight``.
 
-    On a CPU products of two matrices are added to some rows after the other, in a third of the time.
+    On a CPU products of two matrices are added to some rows after the other, in memory that is used again.
     """
     pairs = [(pair, factor) for pair, factor in terms if isinstance(pair, LoraPair) and pair.mid is None]
     if weight.device.type != "cpu" or not terms or len(pairs) < len(terms):

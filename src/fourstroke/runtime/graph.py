@@ -203,10 +203,14 @@ class Tracer(TorchFunctionMode):
             Unsupported: it has no values.
         """
         refuse_lost(tensor)
-        tensor = tensor.detach().contiguous()
-        self.program.memory.append(tensor)
-        node = Constant(shared_memory(tensor), shared_memory=True)
+        node = self._shared(tensor.detach())
         return node if tensor.dtype == torch.float32 else widened(node)
+
+    def _shared(self, tensor: Tensor) -> Node:
+        """A node of the format of ``tensor``, whose memory it shares if that is in order."""
+        tensor = tensor.contiguous()
+        self.program.memory.append(tensor)
+        return Constant(shared_memory(tensor), shared_memory=True)
 
     def layer(self, x: Tensor, weight: Tensor, axis: int, name: str, turned: bool = False) -> tuple[Node, Node]:
         """The input and the weight of a convolution or linear layer, in 8 bits if its range is known.
@@ -235,10 +239,9 @@ class Tracer(TorchFunctionMode):
         limits = [self.constant(bound.view([1] * x.ndim)) for bound in (low, high)]
         whole, scale = eight_bits(weight, smooth)
         if turned:
-            whole, scale = whole.transpose(0, 1).contiguous(), scale.transpose(0, 1)
-        self.program.memory.append(whole)
-        steps = ops.convert(Constant(shared_memory(whole), shared_memory=True), "f32")
-        weights = ops.multiply(steps, self.constant(scale))
+            whole, scale = whole.transpose(0, 1), scale.transpose(0, 1)
+        # Not `widened`: OpenVINO would not see that these are weights of 8 bits.
+        weights = ops.multiply(ops.convert(self._shared(whole), "f32"), self.constant(scale))
         return ops.fake_quantize(smaller, *limits, *limits, LEVELS), weights
 
     def _shape_alone(self, tensor: Tensor) -> Tensor:
