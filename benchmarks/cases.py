@@ -100,6 +100,8 @@ PEERS: dict[str, Peer] = {
     "fourstroke-compile": ours("bfloat16", backend="compile"),
     "fourstroke-openvino": ours("bfloat16", backend="openvino"),
     "fourstroke-int8": ours("bfloat16", backend="openvino", quantize="int8"),
+    # Where there is little memory: of the benchmarks only `memory.py` runs it unless it is named.
+    "fourstroke-int8-offload": ours("bfloat16", backend="openvino", quantize="int8", offload=True),
     # For GPUs.
     "diffusers-fp16": Peer("torch_diffusers", {"dtype": "float16"}),
     "diffusers-fp16-compile": Peer("torch_diffusers", {"dtype": "float16", "compile": True}),
@@ -107,5 +109,5 @@ PEERS: dict[str, Peer] = {
     "fourstroke-cudagraph": ours("float16", backend="cudagraph"),
 }
 REFERENCE = "fourstroke-fp32"  # what pictures are compared with
-ON_CPU = tuple(name for name in PEERS if "fp16" not in name and "cudagraph" not in name)
+ON_CPU = tuple(name for name in PEERS if not any(word in name for word in ("fp16", "cudagraph", "offload")))
 ON_GPU = ("diffusers-fp16", "diffusers-fp16-compile", "fourstroke-fp16", "fourstroke-cudagraph")

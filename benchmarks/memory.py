@@ -1,6 +1,8 @@
 """Peak memory of loading a repository, and of one picture in every mode, each in a process of its own.
 
-Loading is counted from after the imports on: what the process grows by at most, over the size of the weight files.
+Loading is counted from after the imports on: what the process grows by at most, over the size of the weight files. Of
+a picture's peak the private part is what cannot be taken back as pages of files can. With --limit pictures are painted
+where there is no more memory than that, files in the system's cache included (Linux; it needs root).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import argparse
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import weights
 from cases import PEERS, Case
@@ -33,11 +36,15 @@ print(json.dumps({"peak": peak_memory() - before, "stays": status("VmRSS") - bef
 def main() -> None:
     parser = add_options(arguments(__doc__, repeats=1))
     parser.add_argument("--model", choices=("sd15", "sdxl"), default="sd15")
+    parser.add_argument("--limit", type=float, metavar="GB", help="let a picture have so much memory, in 2^30 bytes")
     options = parser.parse_args()
     size = 512 if options.model == "sd15" else 1024
     case = Case("memory", options.model, size=size)
     case = case.shrunk() if options.tiny else case
-    write(f"memory_{options.model}", [*loading(case, options), *painting(case, options)], options)
+    rows = loading(case, options)
+    if options.limit is not None:
+        confine(options.limit)
+    write(f"memory_{options.model}", [*rows, *painting(case, options)], options)
 
 
 def loading(case: Case, options: argparse.Namespace) -> list[Row]:
@@ -64,12 +71,32 @@ def painting(case: Case, options: argparse.Namespace) -> list[Row]:
     for name in peers_of(options):
         job = case.job(PEERS[name].options, options.cache, options.device) | {"warm_up": False}
         (answers,) = take_turns({name: (PEERS[name].module, job)}, [{"seed": 0}], options).values()
-        row: Row = {"what": "one picture", "who": name}
+        what = "one picture" if options.limit is None else f"one picture in {options.limit:g} GB"
+        row: Row = {"what": what, "who": name}
         if isinstance(answers, PeerError):
             rows.append(row | {"note": str(answers)[:200]})
             continue
-        rows.append(row | {"peak_mb": round(max(answer["memory"] for answer in answers) / 2**20)})
+        for column, told in (("peak_mb", "memory"), ("private_mb", "private")):
+            row[column] = round(max(answer[told] for answer in answers) / 2**20)
+        row |= {"start_s": round(answers[0]["load_s"], 1), "picture_s": round(answers[-1]["total"], 1)}
+        rows.append(row)
     return rows
+
+
+def confine(gigabytes: float) -> None:
+    """Put this process and those that it starts into a group with so much memory, and empty the cache of files.
+
+    Raises:
+        OSError: there are no groups here that this user may make.
+    """
+    root = Path("/sys/fs/cgroup")
+    old = root / "memory"
+    group = (old if old.is_dir() else root) / "fourstroke-bench"
+    group.mkdir(exist_ok=True)
+    (group / ("memory.limit_in_bytes" if old.is_dir() else "memory.max")).write_text(str(int(gigabytes * 2**30)))
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,26 @@ class Clock:
         network.register_forward_hook(after)
 
 
+class Private:
+    """The most private memory, in bytes, since `reset`: what the system cannot take back as it can mapped files.
+
+    The system keeps no peak of it, so a thread looks fifty times a second.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def reset(self) -> None:
+        """Count anew from here on."""
+        self.peak = status("RssAnon")
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, status("RssAnon"))
+            time.sleep(0.02)
+
+
 class Timed:
     """A stand-in for a network that times its calls: for those that are compiled, and so cannot be changed inside."""
 
@@ -86,17 +107,23 @@ def serve(load: Callable[[Job, Clock], Paint]) -> None:
         answers.flush()
 
     job = json.loads(sys.argv[1])
-    clock = Clock(device_sync(job["device"]))
+    clock, private = Clock(device_sync(job["device"])), Private()
     start = time.perf_counter()
     paint = load(job, clock)
     loaded = time.perf_counter()
     if job["warm_up"]:
         paint({**job, "seed": 12345})
-    answer(load_s=loaded - start, warm_up_s=time.perf_counter() - loaded, memory=peak_memory(job["device"]))
+    answer(
+        load_s=loaded - start,
+        warm_up_s=time.perf_counter() - loaded,
+        memory=peak_memory(job["device"]),
+        private=private.peak,
+    )
     for line in sys.stdin:
         change = json.loads(line)
         clock.parts.clear()
         reset_peak_memory(job["device"])
+        private.reset()
         clock.sync()
         start = time.perf_counter()
         result = paint({**job, **change})
@@ -105,7 +132,8 @@ def serve(load: Callable[[Job, Clock], Paint]) -> None:
         if change.get("save"):
             np.save(Path(change["save"]), as_array(result))
         more = result if isinstance(result, dict) else {}
-        answer(total=seconds, parts=clock.parts, memory=peak_memory(job["device"]), **more)
+        memory = peak_memory(job["device"])
+        answer(total=seconds, parts=clock.parts, memory=memory, private=private.peak, **more)
 
 
 def as_array(pictures: Any) -> np.ndarray:
@@ -156,6 +184,7 @@ def peak_memory(device: str = "cpu") -> int:
 
 
 def status(field: str) -> int:
-    """Bytes that ``/proc/self/status`` tells of this process: ``VmHWM`` is the peak, ``VmRSS`` what it is now."""
+    """Bytes that ``/proc/self/status`` tells of this process: ``VmHWM`` is the peak, ``VmRSS`` what it is now,
+    ``RssAnon`` what of it is no file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

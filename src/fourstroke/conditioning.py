@@ -20,6 +20,7 @@ from .models.vae import AutoencoderKL
 from .models.vae_tiny import AutoencoderTiny
 from .request import GenerateRequest
 from .runtime.offload import Offload
+from .runtime.widening import result_dtype
 from .text import TextEncoding, Tokenizer, encode_prompts
 
 
@@ -101,7 +102,7 @@ def _given(parts: Components, embeds: Tensor | None, pooled: Tensor | None, pref
             f"{prefix}prompt_embeds needs {prefix}pooled_prompt_embeds beside it, for SDXL reads both; "
             "encode_prompt() gives the two."
         )
-    device, dtype = parts.device, parts.text_encoders[-1].dtype if parts.text_encoders else parts.unet.dtype
+    device, dtype = parts.device, result_dtype(parts.text_encoders[-1] if parts.text_encoders else parts.unet)
     # Models without pooled conditioning never read it; an empty one keeps the type simple.
     pooled = embeds.new_zeros(embeds.shape[0], 0) if pooled is None else pooled
     return TextEncoding(embeds.to(device, dtype), pooled.to(device))

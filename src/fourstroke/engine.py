@@ -30,6 +30,8 @@ from .runtime.cache import cache_folder
 from .runtime.openvino import Accelerated, accelerated, openvino_
 from .runtime.options import RuntimeOptions, run_with_
 from .runtime.quantize import Range, fingerprint, in_eight_bits, load_ranges, save_ranges
+from .runtime.spill import Spill
+from .runtime.widening import widen_
 
 CALIBRATION = (
     "a red fox in the snow",
@@ -110,6 +112,7 @@ class Engine:
             dtype = torch.float16
         self.pipeline = load_pipeline(self.base.name, torch_dtype=dtype, **options)
         self.pipeline.set_progress_bar_config(disable=True)
+        self._spill: Spill | None = None
         self._set_runtime(device, dtype)
         self._networks: dict[tuple[str, str], Any] = {}
         self._image_prompts: tuple[str, ...] = ()
@@ -131,20 +134,27 @@ class Engine:
             pipe.vae = AutoencoderTiny.from_pretrained(place, dtype=dtype, **self._where)
         if options.vae == "tiled":
             pipe.enable_vae_tiling()
-        if options.offload:
+        if options.offload and device.type != "cpu":
             pipe.enable_model_cpu_offload(device=device)
         else:
             pipe.to(device)
         if options.backend == "openvino":
             # It is small, and what surrounds its encoder and decoder runs in torch.
             pipe.vae.to(torch.float32)
+            for encoder in pipe._parts().text_encoders if dtype == torch.float16 else ():
+                widen_(encoder)
+        if options.offload and device.type == "cpu":
+            self._spill = spill = Spill(cache_folder("offload"))
+            pipe.adapters.empty_like = spill.empty_like
+            for parameter in (parameter for network in pipe.networks for parameter in network.parameters()):
+                parameter.data = spill.take(parameter.data)
         self._accelerate(pipe.unet, pipe.vae)
         if options.vae == "tiled":
             for forward in accelerated(pipe.vae).values():
                 forward.shapes = TILE_SHAPES
 
     def _accelerate(self, *networks: Any) -> None:
-        run_with_(networks, self.runtime.backend, precision=self._precision)
+        run_with_(networks, self.runtime.backend, precision=self._precision, spill=self._spill)
 
     def _quantize(self) -> None:
         """Let UNet and decoder run in 8 bits, by the ranges on disk or, once a model, after a calibration."""
@@ -162,7 +172,8 @@ class Engine:
             save_ranges(path, ranges)
         for name, part in parts.items():
             own = {key.removeprefix(f"{name}."): found for key, found in ranges.items() if key.startswith(f"{name}.")}
-            openvino_(part, forwards[name].precision, in_eight_bits(own), forwards[name].shapes)
+            before = forwards[name]
+            openvino_(part, before.precision, in_eight_bits(own), before.shapes, spill=self._spill)
 
     def _calibrate(self, unet: Accelerated, decoder: Accelerated) -> dict[str, Range]:
         """The ranges of both networks' layers (``unet.….conv1``), seen while the calibration's pictures are painted."""

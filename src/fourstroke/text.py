@@ -185,7 +185,7 @@ def encode_prompts(
         clip_skip: go back so many further layers; SD 1.5 then still applies the final norm.
 
     Returns:
-        ``embeds`` (N, 77, sum of widths) in the encoders' dtype; ``pooled`` is the last encoder's.
+        ``embeds`` (N, 77, sum of widths) in the dtype of the last encoder's results, which give ``pooled`` too.
 
     Raises:
         ValueError: ``clip_skip`` is negative or leaves no layer.
@@ -208,4 +208,4 @@ def encode_prompts(
         pooled = output.pooled
     if pooled is None:
         raise ValueError("No text encoder is loaded: pass prompt_embeds= instead of prompt=.")
-    return TextEncoding(torch.cat(states, dim=-1).to(encoders[-1].dtype), pooled)
+    return TextEncoding(torch.cat(states, dim=-1).to(states[-1].dtype), pooled)

@@ -143,6 +143,18 @@ def test_mapped_weights_are_given_back(tmp_path: Path) -> None:
     assert places == {name: value.data_ptr() for name, value in model.named_parameters()}
 
 
+def test_memory_of_sums_comes_from_where_it_is_told(tmp_path: Path) -> None:
+    unet().save_pretrained(tmp_path)
+    model = UNet2DConditionModel.from_pretrained(tmp_path).requires_grad_(False)
+    adapters = AdapterSet({"unet": model})
+    made: list[torch.Tensor] = []
+    adapters.empty_like = lambda weight: made.append(torch.empty_like(weight)) or made[-1]
+    adapters.add("a", lora(model))
+    written = adapters.apply()
+    places = {value.data_ptr() for value in model.parameters()}
+    assert len(made) == written and all(memory.data_ptr() in places for memory in made)
+
+
 def test_blocks_of_rows_are_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     models = [toy(), toy()]
     a, b = lora(models[0], "a", 1), lora(models[0], "b", 2)

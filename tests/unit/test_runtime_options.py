@@ -16,7 +16,7 @@ import fourstroke
 from fourstroke import Control, Engine
 from fourstroke.families import Base, look_at
 from fourstroke.lora import Settings
-from fourstroke.runtime import openvino, options
+from fourstroke.runtime import openvino, options, spill
 from fourstroke.runtime.compile import Compiled, compile_
 from fourstroke.runtime.cudagraph import Graphs
 from fourstroke.runtime.openvino import Accelerated, accelerated
@@ -85,6 +85,7 @@ AUTO = [
     (CUDA, 320, {}, True, "cudagraph"),
     (CUDA, 64, {}, False, "cudagraph"),
     (CUDA, 320, {"offload": True}, True, "eager"),
+    (CPU, 64, {"offload": True}, True, "openvino"),
     (MPS, 320, {}, True, "eager"),
 ]
 
@@ -118,7 +119,7 @@ def test_what_runs_everywhere_stays(device: torch.device, backend: str, no_openv
         ({"quantize": "int8"}, MPS, r"run on the CPU; the device is 'mps'\."),
         ({"backend": "cudagraph"}, CPU, r"backend 'cudagraph' needs an NVIDIA GPU; the device is 'cpu'\."),
         ({"backend": "cudagraph"}, MPS, r"needs an NVIDIA GPU; the device is 'mps'\."),
-        ({"offload": True}, CPU, r"offload moves networks to a GPU while they work; leave it out, the device is 'cpu'"),
+        ({"offload": True, "backend": "eager"}, CPU, "offload .* the device is 'cpu' and the backend 'eager'"),
     ],
 )
 def test_what_does_not_run_here_is_told(fields: dict[str, Any], device: torch.device, text: str) -> None:
@@ -269,9 +270,31 @@ def test_tiles_are_compiled_once_a_shape(sd15: str, monkeypatch: pytest.MonkeyPa
     assert [type(network).__name__ for network in compiled].count("Decoder") == 4
 
 
-def test_offloading_wants_a_gpu(sd15: str) -> None:
+def test_offloading_wants_a_gpu_or_openvino(sd15: str) -> None:
     with pytest.raises(ValueError, match="offload moves networks to a GPU"):
-        Engine(sd15, runtime=RuntimeOptions(offload=True))
+        Engine(sd15, runtime=RuntimeOptions("eager", offload=True))
+
+
+def test_what_is_offloaded_on_a_cpu_waits_on_the_disk_and_paints_the_same(
+    sd15: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(spill, "SMALL", 1000)
+    lora = tinyhub.lora(by_hand(sd15).unet, tmp_path / "lora.safetensors", scale=0.02)
+    taken: list[torch.Tensor] = []
+    take = spill.Spill.take
+    monkeypatch.setattr(spill.Spill, "take", lambda self, tensor: taken.append(take(self, tensor)) or taken[-1])
+    pictures = []
+    for offload in (False, True):
+        it = Engine(sd15, loras=[str(lora)], runtime=RuntimeOptions(quantize="int8", offload=offload))
+        pictures.append(paint(it, num_inference_steps=1))
+        assert bool(taken) == offload
+    assert np.array_equal(*pictures)
+    large = [tensor for tensor in taken if tensor.nbytes >= 1000]
+    assert any(tensor.dtype == torch.int8 for tensor in large)
+    assert not any(tensor.untyped_storage().resizable() for tensor in large)
+    merged = it.pipeline.unet.mid_block.attentions[0].proj_in.weight
+    assert merged.nbytes >= 1000 and merged.is_shared()
 
 
 def test_calibration_warns_of_no_timesteps_that_the_network_was_distilled_on(
@@ -333,7 +356,10 @@ BAD: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
         ("--quantize int8 needs --backend openvino; --backend is 'eager'.",),
     ),
     (("--backend", "cudagraph", "--device", "cpu"), ("--backend cudagraph needs an NVIDIA GPU",)),
-    (("--offload", "--device", "cpu"), ("--offload moves networks to a GPU",)),
+    (
+        ("--offload", "--device", "cpu", "--backend", "eager"),
+        ("--offload moves networks to a GPU while they work, or on a CPU", "with --backend openvino; the device is"),
+    ),
     (("--bakend", "eager"), ("There is no option --bakend. Did you mean '--backend'?",)),
     (("--lowvram",), ("Did you mean '--offload'?",)),
 ]

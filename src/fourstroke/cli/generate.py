@@ -164,7 +164,12 @@ def generate(
         ),
     ] = "full",
     offload: Annotated[
-        bool, option(RUNTIME, "Keep networks in the computer's memory while they do not work on the GPU.", "--offload")
+        bool,
+        option(
+            RUNTIME,
+            "Keep networks in memory while they do not work on the GPU; on a CPU, weights on the disk.",
+            "--offload",
+        ),
     ] = False,
     offline: Annotated[bool, option(MODEL, "Use what is in the hub's cache; ask no network.", "--offline")] = False,
     output: Annotated[

@@ -65,6 +65,7 @@ SAID: Mapping[str, str] = {
     r"^backend '(\w+)' ": r"--backend \1 ",
     r"\(and quantize\)": "(and --quantize)",
     r"^offload ": "--offload ",
+    r"\bwith backend='openvino'": "with --backend openvino",
     r"; leave vae='full'\.": "; leave --vae out.",
 }
 # Annotation of a field -> type of the option's value; what may be anything is a picture, given by its path.

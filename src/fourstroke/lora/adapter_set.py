@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..loading import listed
+from ..parts import release_free_memory
 from .blocks import AdapterWeight, block_weights, component_weight, factor_of, finite, unknown_parts
 from .keys import named_weights, unwrap
 from .merge import Bases, Terms
@@ -56,6 +57,8 @@ class AdapterSet:
         self.enabled = True
         self.scale = 1.0
         """Multiplies every adapter that is not fused, as ``cross_attention_kwargs={"scale": …}`` does."""
+        self.empty_like: Callable[[Tensor], Tensor] = torch.empty_like
+        """Makes the memory for sums whose base stays mapped from a file."""
         self._loras: dict[str, Lora] = {}
         self._weights: dict[str, dict[str, Weight]] = {}  # component -> adapter -> weight
         self._active: dict[str, tuple[str, ...]] = {}  # component -> adapters
@@ -260,11 +263,13 @@ class AdapterSet:
                 # Another model took its place: the old one gets its own weights back.
                 bases.apply({})
             if bases is None or bases.model is not model:
-                bases = self._bases[component] = Bases(component, model)
+                bases = self._bases[component] = Bases(component, model, self.empty_like)
             stamp = (self._revision, self.enabled, scale)
             if bases.stamp != stamp or not bases.intact():
                 written += bases.apply(self.terms(component))
                 bases.stamp = stamp
+        if written:
+            release_free_memory()
         return written
 
     # Checks

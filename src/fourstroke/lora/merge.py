@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -103,9 +103,10 @@ class Slot:
 class Bases:
     """One model's parameters that adapters have touched, and the way back to their base."""
 
-    def __init__(self, component: str, model: nn.Module):
+    def __init__(self, component: str, model: nn.Module, empty_like: Callable[[Tensor], Tensor] = torch.empty_like):
         self.component = component
         self.model = model
+        self.empty_like = empty_like
         self.source: Any = getattr(model, "source", None)
         self.slots: dict[str, Slot] = {}
         self.stamp: Any = None
@@ -175,7 +176,7 @@ class Bases:
         else:
             if slot.mapped and stored.data_ptr() == parameter.data_ptr():
                 # Memory that is mapped from a file would be copied page by page when it is written, far slower.
-                parameter.data = torch.empty_like(parameter)
+                parameter.data = self.empty_like(parameter.data)
             # First the dtype in which the base was seen, then today's: the rounding of ``model.to`` without adapters.
             merge_(parameter, stored, (slot.dtype, parameter.dtype), terms)
         slot.applied, slot.version = terms, write_count(parameter)

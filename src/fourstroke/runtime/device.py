@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .openvino import accelerated
+from .widening import is_widened
 
 
 def check_device(device: torch.device) -> None:
@@ -52,8 +53,9 @@ def avoid_half_on_cpu_(networks: Sequence[nn.Module], device: torch.device) -> N
     """Turn float16 networks into float32 ones, with a warning, when they are to run on the CPU.
 
     Few CPUs compute in float16, and then slowly. This is done before the first run and not at loading, because most
-    pipelines are moved to a GPU in between. Networks that OpenVINO runs are only kept in float16, as their files are;
-    where there is one, the others become float32 without a warning.
+    pipelines are moved to a GPU in between. Networks that OpenVINO runs are only kept in float16, as their files are,
+    and so are those that `widen_` acts on; where there is one of the first, the others become float32 without a
+    warning.
     """
     if device.type != "cpu":
         return
@@ -61,7 +63,7 @@ def avoid_half_on_cpu_(networks: Sequence[nn.Module], device: torch.device) -> N
     if not halves:
         return
     elsewhere = [network for network in networks if accelerated(network)]
-    halves = [network for network in halves if network not in elsewhere]
+    halves = [network for network in halves if network not in elsewhere and not is_widened(network)]
     if halves and not elsewhere:
         warnings.warn(
             "float16 is for GPUs, and this pipeline is on the CPU: float32 runs instead. Load it with "

@@ -34,6 +34,7 @@ from .calls import Arguments, map_tensors, tensors_in
 from .marks import widened
 from .nodes import EMITTERS, Unsupported, ints
 from .quantize import LAYERS, LEVELS, Range, eight_bits
+from .spill import Spill
 
 READERS = frozenset(
     ("item", "tolist", "numpy", "allclose", "__bool__", "__int__", "__float__", "__index__", "__array__")
@@ -66,8 +67,8 @@ class Program:
     Attributes:
         graph: what OpenVINO compiles; its inputs and results are float32.
         inputs: for each of the graph's inputs, the number of its tensor among the call's, or the slot of a host value.
-        structure: of what the call returns, whose leaves are the graph's first results.
-        observed: names of the layers whose inputs' least and greatest values are the further results, two a layer.
+        structure: of what the call returns, whose leaves are the graph's last results.
+        observed: names of the layers whose inputs' least and greatest values are the first results, two a layer.
         host_inputs: the number of a tensor among the call's -> its slot.
         host_calls: what torch runs before the graph.
         memory: tensors whose memory the graph's constants are; it must outlive what is compiled.
@@ -104,6 +105,7 @@ def trace(
     ranges: Mapping[str, Range] | None = None,
     observe: bool = False,
     plain: Collection[str] = (),
+    spill: Spill | None = None,
 ) -> Program:
     """The program that computes what ``network``'s class does with ``arguments``.
 
@@ -114,6 +116,7 @@ def trace(
         ranges: layers (convolutions, linear layers) that run in 8 bits: name -> the range of their input.
         observe: let the graph tell the range of every such layer's input.
         plain: those of `nodes.SHORT_CUTS` that are left out.
+        spill: where constants lie that were computed; in memory by default.
 
     Raises:
         Unsupported: an operation has no node here.
@@ -123,7 +126,7 @@ def trace(
     given = inspect.signature(function).bind(*args, **kwargs).arguments
     on_host = {id(tensor) for name in host for tensor in tensors_in(given.get(name))}
     names = {id(part.weight): name for name, part in network.named_modules() if isinstance(part, LAYERS)}
-    tracer = Tracer(names, ranges or {}, observe, plain)
+    tracer = Tracer(names, ranges or {}, observe, plain, spill)
     # In order, not by id: a tensor that is given twice in this call may be two in the next.
     numbers = itertools.count()
     args, kwargs = map_tensors(arguments, lambda tensor: tracer.input(tensor, next(numbers), id(tensor) in on_host))
@@ -141,10 +144,17 @@ class Tracer(TorchFunctionMode):
         linears: what a linear layer made -> its input, weight and bias.
     """
 
-    def __init__(self, names: Mapping[int, str], ranges: Mapping[str, Range], observe: bool, plain: Collection[str]):
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        ranges: Mapping[str, Range],
+        observe: bool,
+        plain: Collection[str],
+        spill: Spill | None,
+    ):
         super().__init__()
         self.program = Program()
-        self.names, self.ranges, self.observe, self.plain = names, ranges, observe, plain
+        self.names, self.ranges, self.observe, self.plain, self.spill = names, ranges, observe, plain, spill
         self.observers: list[Node] = []
         self.parameters: list[Node] = []
         self.nodes: dict[int, Any] = {}  # stand-in -> node
@@ -208,7 +218,7 @@ class Tracer(TorchFunctionMode):
 
     def _shared(self, tensor: Tensor) -> Node:
         """A node of the format of ``tensor``, whose memory it shares if that is in order."""
-        tensor = tensor.contiguous()
+        tensor = tensor.contiguous() if self.spill is None else self.spill.take(tensor)
         self.program.memory.append(tensor)
         return Constant(shared_memory(tensor), shared_memory=True)
 
@@ -322,7 +332,8 @@ class Tracer(TorchFunctionMode):
     def finish(self, result: Any) -> Program:
         """The program whose call returns what ``result`` stands for."""
         leaves, self.program.structure = tree_flatten(result)
-        results = [*map(self.node, leaves), *self.observers]
+        # OpenVINO computes them in this order: observed values that came last would have to be kept until then.
+        results = [*self.observers, *map(self.node, leaves)]
         self.program.graph = Graph([ops.result(node) for node in results], self.parameters)  # pyright: ignore[reportGeneralTypeIssues]
         return self.program
 

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
+from ..parts import release_free_memory
 from .calls import Arguments, Forward, describe, replace_forward_, restore_forward_, tensors_in, weight_places
 from .quantize import Range
+from .spill import Spill
 
 PRECISIONS = ("bf16", "f32")
 HOST = ("timestep", "added_cond_kwargs", "timestep_cond", "conditioning_scale")
@@ -54,7 +56,7 @@ class Accelerated(Forward):
     """A network's runs by OpenVINO; see `openvino_`, which has the arguments.
 
     Attributes:
-        precision, ranges, shapes, without: as given.
+        precision, ranges, shapes, without, spill: as given.
         observed: when this is a dictionary, every run joins the ranges of its layers' inputs to it.
     """
 
@@ -65,19 +67,21 @@ class Accelerated(Forward):
         ranges: Mapping[str, Range] | None = None,
         shapes: int = 2,
         without: Collection[str] = (),
+        spill: Spill | None = None,
     ):
         super().__init__(network)
         self.precision = precision
         self.ranges = ranges
         self.shapes = shapes
         self.without = without
+        self.spill = spill
         self.observed: dict[str, Range] | None = None
         self._compiled: OrderedDict[Any, Compiled | None] = OrderedDict()
         self._weights: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or unpickled network has the same settings and compiles for itself."""
-        return openvino_, (self.network, self.precision, self.ranges, self.shapes, self.without)
+        return openvino_, (self.network, self.precision, self.ranges, self.shapes, self.without, self.spill)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One evaluation; the arguments and the result are those of the network's own forward."""
@@ -118,7 +122,9 @@ class Accelerated(Forward):
 
         observe = self.observed is not None
         try:
-            program = trace(network, arguments, host=HOST, ranges=self.ranges, observe=observe, plain=self.without)
+            program = trace(
+                network, arguments, host=HOST, ranges=self.ranges, observe=observe, plain=self.without, spill=self.spill
+            )
         except Unsupported as error:
             warnings.warn(f"{type(network).__name__} runs in torch, without OpenVINO: {error}.", stacklevel=4)
             return None
@@ -127,6 +133,7 @@ class Accelerated(Forward):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
+        release_free_memory()  # of rounding weights, before as much is taken for what is compiled
         request = core().compile_model(program.graph, "CPU", settings).create_infer_request()
         program.graph = None
         return Compiled(program, request, OrderedDict())
@@ -139,15 +146,15 @@ class Accelerated(Forward):
         arrays = [value.detach().to(torch.float32).contiguous().numpy() for value in inputs]
         found = compiled.request.infer(arrays, share_inputs=True, share_outputs=True)
         results = [torch.from_numpy(found[i]) for i in range(len(found))]
-        count = program.structure.num_leaves
+        observed = len(results) - program.structure.num_leaves
         if self.observed is not None:
-            bounds = iter(results[count:])
+            bounds = iter(results[:observed])
             for name, low, high in zip(program.observed, bounds, bounds, strict=True):
                 seen = Range(low.clone(), high.clone())
                 self.observed[name] = seen.joined(self.observed.get(name, seen))
         dtype = next(network.parameters()).dtype
         # A copy, for OpenVINO writes into the same memory at the next run.
-        return tree_unflatten([result.to(dtype, copy=True) for result in results[:count]], program.structure)
+        return tree_unflatten([result.to(dtype, copy=True) for result in results[observed:]], program.structure)
 
 
 def host_values(compiled: Compiled, tensors: list[Tensor]) -> dict[int, Tensor]:
@@ -174,6 +181,7 @@ def openvino_(
     ranges: Mapping[str, Range] | None = None,
     shapes: int = 2,
     without: Collection[str] = (),
+    spill: Spill | None = None,
 ) -> Accelerated:
     """Let OpenVINO run the forward of this one object; called again on the same network it starts anew.
 
@@ -187,6 +195,7 @@ def openvino_(
         ranges: the layers that run in 8 bits: name -> range of the input; see `fourstroke.runtime.quantize`.
         shapes: graphs that are kept, for as many shapes; each holds all weights.
         without: those of ``nodes.SHORT_CUTS`` that are not to be taken.
+        spill: where the constants of the graphs lie that are no weights as they are; in memory by default.
 
     Returns:
         What runs it; also ``network.forward`` from now on.
@@ -204,7 +213,7 @@ def openvino_(
     for name in without:
         if name not in SHORT_CUTS:
             raise ValueError(f"without names {name!r}; there are the short cuts {', '.join(SHORT_CUTS)}.")
-    forward = Accelerated(network, precision, ranges, shapes, without)
+    forward = Accelerated(network, precision, ranges, shapes, without, spill)
     replace_forward_(network, forward)
     return forward
 

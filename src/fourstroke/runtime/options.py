@@ -14,6 +14,7 @@ from .compile import Compiled, compile_, uncompile_
 from .cudagraph import cudagraph_, uncudagraph_
 from .memory_format import channels_last_
 from .quantize import Range
+from .spill import Spill
 
 BACKENDS = ("auto", "eager", "compile", "cudagraph", "openvino")
 QUANTIZATIONS = ("int8",)
@@ -34,7 +35,8 @@ class RuntimeOptions:
         quantize: ``"int8"`` runs UNet and decoder in 8 bits (OpenVINO only), after a calibration on some pictures,
             once a model.
         vae: ``"tiny"`` decodes with the family's tiny autoencoder, ``"tiled"`` in overlapping tiles.
-        offload: let networks wait in the computer's memory while they do not work on the GPU.
+        offload: let networks wait in the computer's memory while they do not work on the GPU; on a CPU (OpenVINO only)
+            let what they are compiled from wait on the disk, from where the system takes it back if it is needed.
     """
 
     backend: str = field(default="auto", metadata={"choices": BACKENDS})
@@ -65,7 +67,7 @@ class RuntimeOptions:
         backend = "openvino" if self.quantize else self.backend
         if backend == "auto" and device.type == "cuda" and not self.offload:
             backend = "cudagraph"
-        elif backend == "auto" and device.type == "cpu" and channels >= WIDE and openvino.available():
+        elif backend == "auto" and device.type == "cpu" and openvino.available() and (channels >= WIDE or self.offload):
             backend = "openvino"
         elif backend == "auto":
             backend = "eager"
@@ -75,8 +77,11 @@ class RuntimeOptions:
             raise ValueError(f"backend 'cudagraph' needs an NVIDIA GPU; the device is {str(device)!r}.")
         if backend == "openvino":
             openvino.require()
-        if self.offload and device.type == "cpu":
-            raise ValueError("offload moves networks to a GPU while they work; leave it out, the device is 'cpu'.")
+        if self.offload and device.type == "cpu" and backend != "openvino":
+            raise ValueError(
+                "offload moves networks to a GPU while they work, or on a CPU their weights to the disk with "
+                f"backend='openvino'; the device is 'cpu' and the backend {backend!r}."
+            )
         return replace(self, backend=backend)
 
 
@@ -86,6 +91,7 @@ def run_with_(
     *,
     precision: str | None = None,
     ranges: Mapping[str, Range] | None = None,
+    spill: Spill | None = None,
 ) -> None:
     """Let networks run with ``backend``; whatever ran them before is undone first.
 
@@ -94,6 +100,7 @@ def run_with_(
         backend: one of `BACKENDS` but ``"auto"``; ``"eager"`` is how they were built.
         precision: of OpenVINO; by default the best one that the CPU has.
         ranges: layers that OpenVINO runs in 8 bits.
+        spill: where OpenVINO's constants lie.
 
     Raises:
         ValueError: there is no such backend.
@@ -107,7 +114,7 @@ def run_with_(
         for undo in (openvino.unopenvino_, uncompile_, uncudagraph_):
             undo(part)
         if backend == "openvino":
-            openvino.openvino_(part, precision or openvino.best_precision(), ranges)
+            openvino.openvino_(part, precision or openvino.best_precision(), ranges, spill=spill)
         elif backend == "compile":
             # Without a compiler torch's GroupNorm turns every feature map back, and nothing is won.
             channels_last_(part)
