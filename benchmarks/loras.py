@@ -22,11 +22,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("sd15", "sdxl", "emoji"), default=["sd15", "sdxl"])
     parser.add_argument("--dtype", default="bfloat16", help="of the networks; default bfloat16")
     options = parser.parse_args()
-    rows: list[Row] = []
     for model in options.models:
         case = Case("loras", model, size=512, steps=0 if model == "sdxl" else 1, styles=True)
-        rows += rows_of(case.shrunk() if options.tiny else case, options)
-    write("loras", rows, options)
+        write(f"loras_{model}", rows_of(case.shrunk() if options.tiny else case, options), options)
 
 
 def rows_of(case: Case, options: Any) -> list[Row]:

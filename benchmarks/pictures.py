@@ -151,7 +151,7 @@ def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> l
     first = next((row["median_s"] for row in rows.values() if "median_s" in row), None)
     for row in rows.values():
         if options.live < 2 and first and "median_s" in row:
-            row["ratio"] = round(row["median_s"] / first, 4)
+            row |= {"ratio": round(row["median_s"] / first, 4), "speedup": round(first / row["median_s"], 3)}
     return list(rows.values())
 
 

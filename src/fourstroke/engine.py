@@ -27,6 +27,7 @@ from .pipelines.pipeline import DiffusionPipeline
 from .plan import make_plan, split_place
 from .request import Control, GenerateRequest, GenerateResult
 from .runtime.cache import cache_folder
+from .runtime.memory_format import channels_last_
 from .runtime.openvino import Accelerated, accelerated, openvino_
 from .runtime.options import RuntimeOptions, run_with_
 from .runtime.quantize import Range, fingerprint, in_eight_bits, load_ranges, save_ranges
@@ -145,10 +146,12 @@ class Engine:
                 widen_(encoder)
         if options.offload and device.type == "cpu":
             self._spill = spill = Spill(cache_folder("offload"))
-            pipe.adapters.empty_like = spill.empty_like
+            pipe.adapters.settle = spill.take
             for parameter in (parameter for network in pipe.networks for parameter in network.parameters()):
                 parameter.data = spill.take(parameter.data)
         self._accelerate(pipe.unet, pipe.vae)
+        if options.backend == "eager" and device.type == "cpu":
+            channels_last_(pipe.vae)
         if options.vae == "tiled":
             for forward in accelerated(pipe.vae).values():
                 forward.shapes = TILE_SHAPES

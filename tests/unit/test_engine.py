@@ -32,6 +32,7 @@ from fourstroke.families import FAMILIES, Base, available, family_of, look_at
 from fourstroke.lora import LoraError
 from fourstroke.models.motion import attach_motion_
 from fourstroke.plan import split_place, split_weight
+from fourstroke.runtime.memory_format import channels_last_
 
 from . import tiny, tinyhub
 from .tiny import picture
@@ -52,6 +53,7 @@ def by_hand(model: str, lora: bool = True) -> Any:
     """The pipeline that the engine should come to, put together by the pipelines' own means."""
     pipe: Any = StableDiffusionPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
+    channels_last_(pipe.vae)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     if lora:
         pipe.load_lora_weights(tinyhub.LCM_LORA)
@@ -76,6 +78,7 @@ def test_a_model_of_a_family_gets_its_lcm_lora_and_the_lcm_scheduler(sd15: str) 
 def test_without_few_steps_the_model_is_as_it_was_published(sd15: str) -> None:
     it = Engine(sd15, lcm=False)
     pipe = StableDiffusionPipeline.from_pretrained(sd15)
+    channels_last_(pipe.vae)
     pipe.set_progress_bar_config(disable=True)
     assert it.plan.loras == () and it.plan.settings is None
     np.testing.assert_array_equal(paint(it, guidance_scale=3.0), paint(pipe, guidance_scale=3.0))

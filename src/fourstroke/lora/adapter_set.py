@@ -57,8 +57,8 @@ class AdapterSet:
         self.enabled = True
         self.scale = 1.0
         """Multiplies every adapter that is not fused, as ``cross_attention_kwargs={"scale": …}`` does."""
-        self.empty_like: Callable[[Tensor], Tensor] = torch.empty_like
-        """Makes the memory for sums whose base stays mapped from a file."""
+        self.settle: Callable[[Tensor], Tensor] | None = None
+        """Moves sums to where they shall lie, if their base stays mapped from a file."""
         self._loras: dict[str, Lora] = {}
         self._weights: dict[str, dict[str, Weight]] = {}  # component -> adapter -> weight
         self._active: dict[str, tuple[str, ...]] = {}  # component -> adapters
@@ -263,7 +263,7 @@ class AdapterSet:
                 # Another model took its place: the old one gets its own weights back.
                 bases.apply({})
             if bases is None or bases.model is not model:
-                bases = self._bases[component] = Bases(component, model, self.empty_like)
+                bases = self._bases[component] = Bases(component, model, self.settle)
             stamp = (self._revision, self.enabled, scale)
             if bases.stamp != stamp or not bases.intact():
                 written += bases.apply(self.terms(component))

@@ -103,10 +103,10 @@ class Slot:
 class Bases:
     """One model's parameters that adapters have touched, and the way back to their base."""
 
-    def __init__(self, component: str, model: nn.Module, empty_like: Callable[[Tensor], Tensor] = torch.empty_like):
+    def __init__(self, component: str, model: nn.Module, settle: Callable[[Tensor], Tensor] | None = None):
         self.component = component
         self.model = model
-        self.empty_like = empty_like
+        self.settle = settle
         self.source: Any = getattr(model, "source", None)
         self.slots: dict[str, Slot] = {}
         self.stamp: Any = None
@@ -174,11 +174,14 @@ class Bases:
         if slot.mapped and not terms and (stored.device, stored.dtype) == (parameter.device, parameter.dtype):
             parameter.data = stored
         else:
-            if slot.mapped and stored.data_ptr() == parameter.data_ptr():
+            fresh = slot.mapped and stored.data_ptr() == parameter.data_ptr()
+            if fresh:
                 # Memory that is mapped from a file would be copied page by page when it is written, far slower.
-                parameter.data = self.empty_like(parameter.data)
+                parameter.data = torch.empty_like(parameter)
             # First the dtype in which the base was seen, then today's: the rounding of ``model.to`` without adapters.
             merge_(parameter, stored, (slot.dtype, parameter.dtype), terms)
+            if fresh and self.settle is not None:
+                parameter.data = self.settle(parameter.data)
         slot.applied, slot.version = terms, write_count(parameter)
         slot.applied_dtype = parameter.dtype if terms else None
         if not terms and (slot.copy is not None or slot.dtype != parameter.dtype):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import shutil
 import tempfile
 import weakref
@@ -36,48 +35,27 @@ class Spill:
     def __reduce__(self) -> tuple[Any, ...]:
         return Spill, (self._own.parent,)
 
-    def empty_like(self, tensor: Tensor) -> Tensor:
-        """A contiguous tensor of this shape and dtype, whose values are zeros or anything.
+    def take(self, tensor: Tensor) -> Tensor:
+        """``tensor``, contiguous, with its values in a file: a copy, unless they are in one already.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full, or not to be written to; the message says how much is wanted, and where.
         """
-        if tensor.nbytes < SMALL:
-            return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        tensor = tensor.detach().contiguous()
+        if tensor.nbytes < SMALL or not tensor.untyped_storage().resizable():
+            return tensor
         path = self._own / str(next(self._numbers))
         try:
-            reserve(path, tensor.nbytes)
-            made = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            # Written to the file, and not to memory that is mapped from it: far faster, and a full disk is an error.
+            path.write_bytes(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            taken = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        except OSError as error:
+            raise OSError(
+                f"{tensor.nbytes >> 20} MB cannot be put into {path.parent} ({error.strerror}); make room there, point "
+                "XDG_CACHE_HOME at another disk, or leave offload out."
+            ) from error
         finally:
             # The memory stays mapped; Windows does not let go of the name before the end.
             with contextlib.suppress(OSError):
                 path.unlink()
-        return made.view(tensor.shape)
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """``tensor``, contiguous, with its values in a file: a copy, unless they are in one already."""
-        tensor = tensor.contiguous()
-        if tensor.nbytes < SMALL or not tensor.untyped_storage().resizable():
-            return tensor
-        made = self.empty_like(tensor)
-        made.copy_(tensor)
-        return made
-
-
-def reserve(path: Path, size: int) -> None:
-    """Make a file of ``size`` bytes that a full disk cannot fail later, when a write would end the process.
-
-    Raises:
-        OSError: there is no room; the message says how much is wanted, and where.
-    """
-    with path.open("wb") as file:
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-        except OSError as error:
-            raise OSError(
-                f"There is no room for {size >> 20} MB more in {path.parent} ({error.strerror}); free some, point "
-                "XDG_CACHE_HOME at another disk, or leave offload out."
-            ) from error
+        return taken.view(tensor.shape)
