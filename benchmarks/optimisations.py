@@ -1,4 +1,4 @@
-"""Each optimisation of the OpenVINO backend on its own: UNet step and VAE decoding with it and without, in turn.
+"""Each optimisation of a CPU's backends on its own: UNet step and VAE decoding with it and without, in turn.
 
 A row an optimisation: seconds with and without, their ratio, and how far the result is from float32 eager torch (PSNR
 against the largest value). Weights are random, of real size; with ``--tiny`` the emoji model's.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fourstroke import AutoencoderKL, UNet2DConditionModel
 from fourstroke.runtime.calls import replace_forward_
+from fourstroke.runtime.memory_format import channels_last_
 from fourstroke.runtime.openvino import Accelerated, best_precision, unopenvino_
 from fourstroke.runtime.quantize import Range, in_eight_bits
 
@@ -74,6 +75,27 @@ def rows_of(case: str, part: nn.Module, inputs: tuple[Any, ...], options: argpar
     return rows
 
 
+@torch.no_grad()
+def eager_rows(case: str, part: nn.Module, inputs: tuple[Any, ...], options: argparse.Namespace) -> list[Row]:
+    """The rows of what an engine does for torch itself: convolutions that work pixel by pixel."""
+    reference = part(*inputs)
+    variants = {"all": True, "channels last": False}
+    errors, seconds = {}, {name: [] for name in variants}
+    for i in range(options.repeats + 1):
+        for name, on in variants.items():
+            channels_last_(part, on)
+            start = time.perf_counter()
+            result = part(*inputs)
+            elapsed = time.perf_counter() - start
+            errors[name] = closeness(result, reference)
+            seconds[name] += [elapsed] if i else []  # the first is to warm up
+    base = median(seconds["all"])
+    rows: list[Row] = []
+    for name, values in seconds.items():
+        rows.append({"case": case, "variant": name, "psnr_db": errors[name], **summary(values, base)})
+    return rows
+
+
 def run_with(part: nn.Module, forward: Accelerated | None) -> nn.Module:
     """``part``, which runs ``forward`` from now on, or its own forward."""
     unopenvino_(part)
@@ -98,6 +120,8 @@ def main() -> None:
     del unet
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae").requires_grad_(False)
     rows += rows_of("VAE decoder", vae.decoder, (latents,), options)
+    unopenvino_(vae.decoder)
+    rows += eager_rows("VAE decoder in torch", vae.decoder, (latents,), options)
     write("optimisations", rows, options)
 
 

@@ -47,7 +47,7 @@ class Spill:
         path = self._own / str(next(self._numbers))
         try:
             # Written to the file, and not to memory that is mapped from it: far faster, and a full disk is an error.
-            path.write_bytes(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            path.write_bytes(tensor.view(-1).view(torch.uint8).numpy().data)
             taken = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
         except OSError as error:
             raise OSError(
