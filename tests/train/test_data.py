@@ -7,8 +7,11 @@ import io
 import json
 import re
 import tarfile
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -238,6 +241,22 @@ def test_pictures_stand_upright(orientation: int, tmp_path: Path) -> None:
         upright = PIL.ImageOps.exif_transpose(image)
     assert (picture.width, picture.height) == upright.size == picture.open().size
     np.testing.assert_array_equal(picture.open(), upright)
+
+
+def test_warnings_are_silenced_by_the_main_thread_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that do so put back what they found, which is what another one has set: warnings stay silent for good."""
+    entered: list[threading.Thread] = []
+    enter = warnings.catch_warnings.__enter__
+
+    def noted(self: Any) -> Any:
+        entered.append(threading.current_thread())
+        return enter(self)
+
+    monkeypatch.setattr(warnings.catch_warnings, "__enter__", noted)
+    for i in range(3):
+        noise((32, 32)).save(tmp_path / f"{i}.png")
+    assert len(open_source(tmp_path, "x").pictures) == 3
+    assert set(entered) == {threading.main_thread()}
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK"])

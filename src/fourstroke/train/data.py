@@ -411,7 +411,9 @@ def _captioned(found: list[Picture], caption: str | None, problems: list[str]) -
 
 def _examined(found: list[Picture]) -> tuple[list[Picture], list[str]]:
     """The pictures with size and digest, after all of them have been decoded, and what is wrong."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    # Around all threads: in each of them it would leave behind what another one had set.
+    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+        warnings.simplefilter("ignore")  # of damaged EXIF data and the like, which does no harm here
         results = list(pool.map(_examine, found, chunksize=16))
     problems = [
         f"{picture.name} ({result})" for picture, result in zip(found, results, strict=True) if isinstance(result, str)
@@ -423,8 +425,7 @@ def _examine(picture: Picture) -> Picture | str:
     """The picture with its size and digest, or what is wrong with it."""
     try:
         data = picture.read()
-        with warnings.catch_warnings(), PIL.Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")  # of damaged EXIF data and the like, which does no harm here
+        with PIL.Image.open(io.BytesIO(data)) as image:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             width, height = image.size[::-1] if turned else image.size
             image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))  # JPEG: all of the data, at an eighth
