@@ -100,7 +100,7 @@ PEERS: dict[str, Peer] = {
     "fourstroke-compile": ours("bfloat16", backend="compile"),
     "fourstroke-openvino": ours("bfloat16", backend="openvino"),
     "fourstroke-int8": ours("bfloat16", backend="openvino", quantize="int8"),
-    # Where there is little memory: of the benchmarks only `memory.py` runs it unless it is named.
+    # Where there is little memory; it takes part only where it is named.
     "fourstroke-int8-offload": ours("bfloat16", backend="openvino", quantize="int8", offload=True),
     # For GPUs.
     "diffusers-fp16": Peer("torch_diffusers", {"dtype": "float16"}),

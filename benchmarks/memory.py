@@ -69,7 +69,8 @@ def painting(case: Case, options: argparse.Namespace) -> list[Row]:
     """Rows of a process that loads and paints two pictures; what is compiled or calibrated comes with the first."""
     rows: list[Row] = []
     for name in peers_of(options):
-        job = case.job(PEERS[name].options, options.cache, options.device) | {"warm_up": False}
+        job = case.job(PEERS[name].options, options.cache, options.device)
+        job |= {"warm_up": False, "private": True}
         (answers,) = take_turns({name: (PEERS[name].module, job)}, [{"seed": 0}, {"seed": 1}], options).values()
         what = "pictures" if options.limit is None else f"pictures in {options.limit:g} GB"
         row: Row = {"what": what, "who": name}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -62,16 +63,9 @@ def rows_of(case: str, part: nn.Module, inputs: tuple[Any, ...], options: argpar
     for name in [*ways]:
         variant = ways.pop(name)  # the one before goes, with its graph
         error = closeness(run_with(part, variant)(*inputs), reference)
-        seconds: dict[Any, list[float]] = {usual: [], variant: []}
-        for _ in range(options.repeats):
-            for forward, values in seconds.items():
-                run_with(part, forward)
-                start = time.perf_counter()
-                part(*inputs)
-                values.append(time.perf_counter() - start)
-        rows[0] |= summary(seconds[usual])
-        base = median(seconds[usual])
-        rows.append({"case": case, "variant": name, "psnr_db": error, **summary(seconds[variant], base)})
+        with_it, without = turns(run_with, (usual, variant), part, inputs, options)
+        rows[0] |= summary(with_it)
+        rows.append({"case": case, "variant": name, "psnr_db": error, **summary(without, median(with_it))})
     return rows
 
 
@@ -79,21 +73,31 @@ def rows_of(case: str, part: nn.Module, inputs: tuple[Any, ...], options: argpar
 def eager_rows(case: str, part: nn.Module, inputs: tuple[Any, ...], options: argparse.Namespace) -> list[Row]:
     """The rows of what an engine does for torch itself: convolutions that work pixel by pixel."""
     reference = part(*inputs)
-    variants = {"all": True, "channels last": False}
-    errors, seconds = {}, {name: [] for name in variants}
-    for i in range(options.repeats + 1):
-        for name, on in variants.items():
-            channels_last_(part, on)
-            start = time.perf_counter()
-            result = part(*inputs)
-            elapsed = time.perf_counter() - start
-            errors[name] = closeness(result, reference)
-            seconds[name] += [elapsed] if i else []  # the first is to warm up
-    base = median(seconds["all"])
-    rows: list[Row] = []
-    for name, values in seconds.items():
-        rows.append({"case": case, "variant": name, "psnr_db": errors[name], **summary(values, base)})
+    channels_last_(part)
+    rows = [{"case": case, "variant": "all", "psnr_db": closeness(part(*inputs), reference)}]
+    with_it, without = turns(channels_last_, (True, False), part, inputs, options)
+    rows[0] |= summary(with_it)
+    rows.append({"case": case, "variant": "channels last", "psnr_db": closeness(part(*inputs), reference)})
+    rows[1] |= summary(without, median(with_it))
     return rows
+
+
+def turns(
+    set_up: Callable[[nn.Module, Any], Any],
+    ways: Sequence[Any],
+    part: nn.Module,
+    inputs: tuple[Any, ...],
+    options: argparse.Namespace,
+) -> list[list[float]]:
+    """For each of ``ways`` the seconds of ``part``, set up in that way for every run; the ways take turns."""
+    seconds: list[list[float]] = [[] for _ in ways]
+    for _ in range(options.repeats):
+        for way, values in zip(ways, seconds, strict=True):
+            set_up(part, way)
+            start = time.perf_counter()
+            part(*inputs)
+            values.append(time.perf_counter() - start)
+    return seconds
 
 
 def run_with(part: nn.Module, forward: Accelerated | None) -> nn.Module:

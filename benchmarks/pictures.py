@@ -136,22 +136,20 @@ def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> l
         jobs = {
             name: (PEERS[name].module, case.job(PEERS[name].options, options.cache, options.device)) for name in able
         }
+        base: float | None = None
         for group in groups(able, options.live):
             found = take_turns({name: jobs[name] for name in group}, changes, options)
-            base = None if isinstance(found[group[0]], PeerError) else median_of(found[group[0]][1:])
+            if options.live > 1 or base is None:
+                base = None if isinstance(found[group[0]], PeerError) else median_of(found[group[0]][1:])
             for name in group:
                 if name not in rows:
-                    rows[name] = row_of(case, name, found[name], base if options.live > 1 else None)
+                    rows[name] = row_of(case, name, found[name], base)
         if REFERENCE not in able:
             alone = {REFERENCE: (PEERS[REFERENCE].module, case.job(PEERS[REFERENCE].options, options.cache, "cpu"))}
             take_turns(alone, changes[:1], options)
         for name, row in rows.items():
             row |= closeness(Path(folder), case, name)
             row["note"] = row.pop("note", None)  # the last column
-    first = next((row["median_s"] for row in rows.values() if "median_s" in row), None)
-    for row in rows.values():
-        if options.live < 2 and first and "median_s" in row:
-            row |= {"ratio": round(row["median_s"] / first, 4), "speedup": round(first / row["median_s"], 3)}
     return list(rows.values())
 
 

@@ -62,7 +62,7 @@ class Clock:
 class Private:
     """The most private memory, in bytes, since `reset`: what the system cannot take back as it can mapped files.
 
-    The system keeps no peak of it, so a thread looks fifty times a second.
+    The system keeps no peak of it, so a thread looks fifty times a second; it runs only where a job asks for it.
     """
 
     def __init__(self) -> None:
@@ -107,23 +107,19 @@ def serve(load: Callable[[Job, Clock], Paint]) -> None:
         answers.flush()
 
     job = json.loads(sys.argv[1])
-    clock, private = Clock(device_sync(job["device"])), Private()
+    clock, private = Clock(device_sync(job["device"])), Private() if job.get("private") else None
     start = time.perf_counter()
     paint = load(job, clock)
     loaded = time.perf_counter()
     if job["warm_up"]:
         paint({**job, "seed": 12345})
-    answer(
-        load_s=loaded - start,
-        warm_up_s=time.perf_counter() - loaded,
-        memory=peak_memory(job["device"]),
-        private=private.peak,
-    )
+    answer(load_s=loaded - start, warm_up_s=time.perf_counter() - loaded, **memory(job["device"], private))
     for line in sys.stdin:
         change = json.loads(line)
         clock.parts.clear()
         reset_peak_memory(job["device"])
-        private.reset()
+        if private is not None:
+            private.reset()
         clock.sync()
         start = time.perf_counter()
         result = paint({**job, **change})
@@ -132,8 +128,12 @@ def serve(load: Callable[[Job, Clock], Paint]) -> None:
         if change.get("save"):
             np.save(Path(change["save"]), as_array(result))
         more = result if isinstance(result, dict) else {}
-        memory = peak_memory(job["device"])
-        answer(total=seconds, parts=clock.parts, memory=memory, private=private.peak, **more)
+        answer(total=seconds, parts=clock.parts, **memory(job["device"], private), **more)
+
+
+def memory(device: str, private: Private | None) -> dict[str, int]:
+    """What an answer tells of memory."""
+    return {"memory": peak_memory(device)} | ({} if private is None else {"private": private.peak})
 
 
 def as_array(pictures: Any) -> np.ndarray:

@@ -28,7 +28,7 @@ from .plan import make_plan, split_place
 from .request import Control, GenerateRequest, GenerateResult
 from .runtime.cache import cache_folder
 from .runtime.memory_format import channels_last_
-from .runtime.openvino import Accelerated, accelerated, openvino_
+from .runtime.openvino import Accelerated, accelerated
 from .runtime.options import RuntimeOptions, run_with_
 from .runtime.quantize import Range, fingerprint, in_eight_bits, load_ranges, save_ranges
 from .runtime.spill import Spill
@@ -162,7 +162,7 @@ class Engine:
     def _quantize(self) -> None:
         """Let UNet and decoder run in 8 bits, by the ranges on disk or, once a model, after a calibration."""
         parts = {"unet": self._unet, "decoder": self.pipeline.vae.decoder}
-        forwards = {name: vars(part)["forward"] for name, part in parts.items()}
+        forwards: dict[str, Accelerated] = {name: vars(part)["forward"] for name, part in parts.items()}
         if all(forward.ranges is not None for forward in forwards.values()):
             return
         sources = [self._unet.source, self.pipeline.vae.source]
@@ -173,10 +173,10 @@ class Engine:
         if ranges is None:
             ranges = self._calibrate(**forwards)
             save_ranges(path, ranges)
-        for name, part in parts.items():
+        for name, forward in forwards.items():
             own = {key.removeprefix(f"{name}."): found for key, found in ranges.items() if key.startswith(f"{name}.")}
-            before = forwards[name]
-            openvino_(part, before.precision, in_eight_bits(own), before.shapes, spill=self._spill)
+            forward.ranges = in_eight_bits(own)
+            forward.clear()
 
     def _calibrate(self, unet: Accelerated, decoder: Accelerated) -> dict[str, Range]:
         """The ranges of both networks' layers (``unet.….conv1``), seen while the calibration's pictures are painted."""
@@ -184,11 +184,12 @@ class Engine:
         unet.observed, decoder.observed = seen["unet"], seen["decoder"]
         requests = [self._plain_request(prompt, seed) for seed, prompt in enumerate(CALIBRATION)]
         painted = [self._paint(self.load(request)).images for request in requests]
-        unet.clear()  # one network after the other, for graphs that tell ranges take more memory than others
+        unet.observed = None
+        unet.clear()  # before the decoder is compiled: the two need not be in memory together
         with torch.no_grad():
             for latents in painted:
                 decode(self.pipeline.vae, latents)
-        decoder.clear()
+        decoder.observed = None
         return {f"{part}.{name}": found for part, own in seen.items() for name, found in own.items()}
 
     def _plain_request(self, prompt: str, seed: int) -> GenerateRequest:

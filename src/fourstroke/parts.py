@@ -51,7 +51,8 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def release_free_memory() -> None:
     """Give back to the system what the C library holds of freed memory.
 
-    glibc keeps freed pieces of some megabytes between others for later: 2 GB after a merge into SDXL.
+    glibc keeps freed pieces of some megabytes between others for later, gigabytes of them after a merge into SDXL. This
+    is for rare moments: memory that is taken again soon is slower to get back.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and keeps nothing

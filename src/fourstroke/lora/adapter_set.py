@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..loading import listed
-from ..parts import release_free_memory
 from .blocks import AdapterWeight, block_weights, component_weight, factor_of, finite, unknown_parts
 from .keys import named_weights, unwrap
 from .merge import Bases, Terms
@@ -268,8 +267,6 @@ class AdapterSet:
             if bases.stamp != stamp or not bases.intact():
                 written += bases.apply(self.terms(component))
                 bases.stamp = stamp
-        if written:
-            release_free_memory()
         return written
 
     # Checks

@@ -121,6 +121,7 @@ class Accelerated(Forward):
         from .graph import Unsupported, trace
 
         observe = self.observed is not None
+        release_free_memory()  # of merging LoRAs; what is compiled takes as much as the weights once more
         try:
             program = trace(
                 network, arguments, host=HOST, ranges=self.ranges, observe=observe, plain=self.without, spill=self.spill
@@ -133,7 +134,7 @@ class Accelerated(Forward):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        release_free_memory()  # of rounding weights, before as much is taken for what is compiled
+        release_free_memory()  # of rounding weights
         request = core().compile_model(program.graph, "CPU", settings).create_infer_request()
         program.graph = None
         return Compiled(program, request, OrderedDict())

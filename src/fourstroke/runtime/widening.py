@@ -29,18 +29,11 @@ class Widened(Forward):
 
 
 class InFloat32(TorchFunctionMode):
-    """Gives every function of torch's its half-precision tensors as float32 ones."""
+    """Gives every function of torch's its tensors in float32; within a linear layer or a norm all are numbers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "__get__":
-            return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map_only(Tensor, widened, (args, kwargs or {}))
+        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs or {}))
         return func(*args, **kwargs)
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """``tensor``, float32 if it is in half precision."""
-    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 2 else tensor
 
 
 def widen_(network: nn.Module) -> None:
