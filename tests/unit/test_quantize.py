@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourstroke.models.layers import GEGLU, Upsample2D
+from fourstroke.models.layers import GEGLU, Attention, Upsample2D
 from fourstroke.runtime.openvino import Accelerated, openvino_
 from fourstroke.runtime.quantize import (
     HEADROOM,
     LEVELS,
+    RESULT,
     SMOOTHING,
     Range,
     eight_bits,
@@ -48,7 +49,8 @@ def outliers(*shape: int, axis: int = -1) -> Tensor:
 @pytest.mark.parametrize("shift", [-5.0, -1.0, 0.0, 3.0])
 def test_a_smoothed_range_holds_what_was_seen_and_zero(shift: float) -> None:
     x, weight = outliers(200, 12) + shift, torch.randn(7, 12)
-    smooth, low, high = range_of(x, 1).smoothed(weight)
+    smooth, found = range_of(x, 1).smoothed(weight)
+    low, high = found.limits()
     step = (high - low) / (LEVELS - 1)
     smaller = x / smooth
     # Clamping may cost what rounding does.
@@ -63,7 +65,7 @@ def test_a_smoothed_range_holds_what_was_seen_and_zero(shift: float) -> None:
 
 def test_smoothing_makes_channels_more_alike_and_keeps_the_product() -> None:
     x, weight = outliers(200, 12), torch.randn(7, 12)
-    smooth, _, _ = range_of(x, 1).smoothed(weight)
+    smooth, _ = range_of(x, 1).smoothed(weight)
     torch.testing.assert_close(F.linear(x / smooth, weight * smooth), F.linear(x, weight), rtol=1e-4, atol=1e-4)
     # SmoothQuant's equation 4, up to one factor for all channels.
     largest = [values.abs().amax(dim=0) for values in (x, weight)]
@@ -81,9 +83,10 @@ def test_channels_that_are_always_zero(dead: str) -> None:
         x[:, 2] = 0
     if dead != "data":
         weight[:, 2] = 0
-    smooth, low, high = range_of(x, 1).smoothed(weight)
+    smooth, found = range_of(x, 1).smoothed(weight)
+    low, high = found.limits()
     assert all(bool(value.isfinite().all()) for value in (smooth, low, high)) and low < high
-    _, low, high = range_of(torch.zeros(5, 6), 1).smoothed(weight)
+    low, high = range_of(torch.zeros(5, 6), 1).smoothed(weight)[1].limits()
     assert low <= 0 < high
 
 
@@ -114,7 +117,8 @@ def test_ranges_join() -> None:
 
 def test_a_symmetric_range_is_int8() -> None:
     x, weight = outliers(200, 12), torch.randn(7, 12)
-    smooth, low, high = range_of(x, 1).smoothed(weight, symmetric=True)
+    smooth, found = range_of(x, 1).smoothed(weight)
+    low, high = found.limits(symmetric=True)
     smaller = x / smooth
     torch.testing.assert_close(low / high, torch.tensor(-128 / 127))
     assert float(low) * 1.0001 <= smaller.min() and smaller.max() <= float(high) * 1.0001
@@ -214,6 +218,27 @@ def test_smoothing_keeps_small_channels_beside_large_ones() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("upcast", [False, True])
+def test_attention_multiplies_eight_bits_unless_it_asks_for_float32(upcast: bool) -> None:
+    network, x = tiny.filled(Attention(24, heads=2, head_dim=12, upcast=upcast)), torch.randn(2, 64, 24)
+    wanted = network(x)
+    forward = openvino_(network, "f32")
+    forward.observed = ranges = {}
+    network(x)
+    factors = {f"to_{name}{RESULT}" for name in "qk"}
+    assert factors & ranges.keys() == (set() if upcast else factors)
+    openvino_(network, "f32", {name: found for name, found in ranges.items() if name in factors})
+    error = float((network(x) - wanted).square().mean().sqrt() / wanted.std())
+    assert error < 1e-5 if upcast else 1e-5 < error < 0.02
+    # A text's keys, some of them far larger than others, stay as they are.
+    context = torch.randn(2, 7, 24)
+    forward = openvino_(network, "f32")
+    forward.observed = ranges = {}
+    network(x, context)
+    assert not factors & ranges.keys()
+
+
+@torch.no_grad()
 def test_runs_tell_the_ranges_of_all_inputs() -> None:
     unet = tiny.unet()
     forward = openvino_(unet, "f32")
@@ -228,6 +253,13 @@ def test_runs_tell_the_ranges_of_all_inputs() -> None:
         for part in unet.modules()
         if id(part) in names
     ]
+    hooks += [
+        unet.get_submodule(name).register_forward_hook(
+            lambda part, _, out: seen.setdefault(names[id(part)] + RESULT, []).append(out)
+        )
+        for name in names.values()
+        if name.endswith(("attn1.to_q", "attn1.to_k"))
+    ]
     for call in calls:
         plain(unet, call)
     for hook in hooks:
@@ -235,10 +267,10 @@ def test_runs_tell_the_ranges_of_all_inputs() -> None:
     # All but those whose input depends on the timestep alone.
     assert forward.observed.keys() == {name for name in seen if "time_emb" not in name}
     for name, found in forward.observed.items():
-        axis = 1 if isinstance(unet.get_submodule(name), nn.Conv2d) else -1
-        wanted = [range_of(x, axis) for x in seen[name]]
-        low = torch.stack([each.low for each in wanted]).amin(dim=0)
-        high = torch.stack([each.high for each in wanted]).amax(dim=0)
+        axis = 1 if isinstance(unet.get_submodule(name.removesuffix(RESULT)), nn.Conv2d) else -1
+        wanted = [range_of(x.reshape(-1, 1) if name.endswith(RESULT) else x, axis) for x in seen[name]]
+        low = torch.stack([each.low for each in wanted]).amin(dim=0).view(found.low.shape)
+        high = torch.stack([each.high for each in wanted]).amax(dim=0).view(found.high.shape)
         torch.testing.assert_close(found.low, low, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(found.high, high, rtol=1e-3, atol=1e-3)
 
@@ -258,7 +290,8 @@ def test_a_unet_in_eight_bits_and_a_merge_into_it() -> None:
         # So many layers in turn; the random network has nothing of the calm of a trained one.
         assert float((found - wanted).square().mean().sqrt() / wanted.std()) < 0.1
     kinds = runtime_kinds(forward)
-    assert sum(kind in ("u8", "i8") for kind in kinds) >= len(in_eight_bits(ranges)) - 2
+    layers = [name for name in in_eight_bits(ranges) if not name.endswith(RESULT)]
+    assert sum(kind in ("u8", "i8") for kind in kinds) >= len(layers) - 2
 
 
 def test_what_stays_as_it_is() -> None:

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from .calls import Arguments, map_tensors, tensors_in
 from .marks import widened
 from .nodes import EMITTERS, Unsupported, ints
-from .quantize import LAYERS, LEVELS, Range, eight_bits
+from .quantize import LAYERS, LEVELS, RESULT, Range, eight_bits
 from .spill import Spill
 
 READERS = frozenset(
@@ -142,6 +142,7 @@ class Tracer(TorchFunctionMode):
         plain: short cuts that are not taken.
         doubled: what nearest-neighbour doubling made -> what it was made from.
         linears: what a linear layer made -> its input, weight and bias.
+        makers: what a linear layer made, turned around or not -> the layer's name.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class Tracer(TorchFunctionMode):
         self.slots: dict[int, Slot] = {}  # stand-in -> host value
         self.doubled: dict[int, Tensor] = {}
         self.linears: dict[int, Any] = {}
+        self.makers: dict[int, str] = {}
         self.kept: list[Any] = []  # a stand-in is known by its id, which must stay its own
         self.shapes: dict[int, Tensor] = {}  # constant -> its shape alone
 
@@ -233,26 +235,46 @@ class Tracer(TorchFunctionMode):
             turned: give the weight as (C_in, C_out, …).
         """
         node = self.node(x)
-        if self.observe and name and name not in self.program.observed:
-            axes = ints(*(i for i in range(x.ndim) if i != axis % x.ndim))
-            self.program.observed.append(name)
-            self.observers += [ops.reduce_min(node, axes, False), ops.reduce_max(node, axes, False)]
+        if name:
+            self._watch(name, node, [i for i in range(x.ndim) if i != axis % x.ndim])
         found = self.ranges.get(name)
         if found is None:
             return node, self.constant(weight.transpose(0, 1)) if turned else self.node(weight)
         shape = [1] * x.ndim
         shape[axis] = -1
-        # OpenVINO has no transposed convolution of 8 bits with a zero point.
-        smooth, low, high = found.smoothed(weight, symmetric=turned)
+        smooth, found = found.smoothed(weight)
         # Bounds a channel would divide by ``smooth`` in passing, but OpenVINO gets them wrong behind a norm of tokens.
         smaller = ops.multiply(node, self.constant((1 / smooth).view(shape)))
-        limits = [self.constant(bound.view([1] * x.ndim)) for bound in (low, high)]
         whole, scale = eight_bits(weight, smooth)
         if turned:
             whole, scale = whole.transpose(0, 1), scale.transpose(0, 1)
         # Not `widened`: OpenVINO would not see that these are weights of 8 bits.
         weights = ops.multiply(ops.convert(self._shared(whole), "f32"), self.constant(scale))
-        return ops.fake_quantize(smaller, *limits, *limits, LEVELS), weights
+        # OpenVINO has no transposed convolution of 8 bits with a zero point.
+        return self._rounded(smaller, found, x.ndim, symmetric=turned), weights
+
+    def factors(self, q: Tensor, k: Tensor) -> tuple[Node, Node] | None:
+        """What attention multiplies, in 8 bits; None unless layers made both and the ranges of both are known."""
+        found: list[Node] = []
+        for x in (q, k):
+            layer = self.makers.get(id(x))
+            if layer is not None:
+                name, node = layer + RESULT, self.node(x)
+                self._watch(name, node, range(x.ndim))
+                if name in self.ranges:
+                    found.append(self._rounded(node, self.ranges[name], x.ndim, symmetric=True))
+        return (found[0], found[1]) if len(found) == 2 else None
+
+    def _watch(self, name: str, node: Node, axes: Sequence[int]) -> None:
+        """Let the graph tell the least and the greatest value of ``node`` over ``axes``, if that is wanted."""
+        if self.observe and name not in self.program.observed:
+            self.program.observed.append(name)
+            self.observers += [reduce(node, ints(*axes), False) for reduce in (ops.reduce_min, ops.reduce_max)]
+
+    def _rounded(self, node: Node, found: Range, ndim: int, symmetric: bool) -> Node:
+        """``node``, of ``ndim`` dimensions, in 256 levels."""
+        limits = [self.constant(bound.view([1] * ndim)) for bound in found.limits(symmetric)]
+        return ops.fake_quantize(node, *limits, *limits, LEVELS)
 
     def _shape_alone(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == "meta":
@@ -312,6 +334,8 @@ class Tracer(TorchFunctionMode):
     def _emit(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         result = self._result(name, func, args, kwargs)
         if isinstance(result, Tensor) and id(result) in self.nodes:
+            if name == "float":  # a network that asks for float32 by name (SD 2.x: large logits) does not want 8 bits
+                self.makers.pop(id(result), None)
             return result  # a conversion to what it was already
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             return result

@@ -91,7 +91,10 @@ def transposed_kernel(weight: Tensor) -> Tensor:
 
 def _linear(t: Tracer, out: Any, x: Any, weight: Tensor, bias: Any = None) -> Any:
     t.linears[id(out)] = (x, weight, bias)
-    return _product(t, x, weight, bias, t.names.get(id(weight), ""))
+    name = t.names.get(id(weight), "")
+    if name:
+        t.makers[id(out)] = name
+    return _product(t, x, weight, bias, name)
 
 
 def _product(t: Tracer, x: Any, weight: Tensor, bias: Any, name: str) -> Any:
@@ -154,6 +157,11 @@ def _attention(t: Tracer, out: Tensor, q: Any, k: Any, v: Any, attn_mask: Any = 
                is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Any:  # fmt: skip
     if attn_mask is not None or enable_gqa or dropout_p or scale is not None:
         raise Unsupported("attention with a mask, shared heads, dropout or a scale of its own")
+    # Few keys gain nothing, and those of a text are uneven: its first token's are far larger than the others.
+    factors = None if is_causal or q.shape != k.shape else t.factors(q, k)
+    if factors is not None:
+        logits = ops.multiply(ops.matmul(*factors, False, True), scalar(q.shape[-1] ** -0.5))
+        return ops.matmul(ops.softmax(logits, -1), t.node(v), False, False)
     return ops.scaled_dot_product_attention(t.node(q), t.node(k), t.node(v), causal=is_causal)
 
 
@@ -192,17 +200,25 @@ def _chunk(t: Tracer, out: Any, x: Any, chunks: int, dim: int = 0) -> Any:
     return ops.variadic_split(t.node(x), dim, ints(*(part.shape[dim] for part in out))).outputs()
 
 
+def _same_values(t: Tracer, out: Tensor, x: Any) -> None:
+    if id(x) in t.makers:
+        t.makers[id(out)] = t.makers[id(x)]
+
+
 def _reshape(t: Tracer, out: Tensor, x: Any, *_: Any, **__: Any) -> Any:
+    _same_values(t, out, x)
     return ops.reshape(t.node(x), ints(*out.shape), False)
 
 
 def _transpose(t: Tracer, out: Tensor, x: Any, first: int, second: int) -> Any:
+    _same_values(t, out, x)
     order = list(range(x.ndim))
     order[first], order[second] = order[second], order[first]
     return ops.transpose(t.node(x), ints(*order))
 
 
 def _permute(t: Tracer, out: Tensor, x: Any, *dims: Any) -> Any:
+    _same_values(t, out, x)
     return ops.transpose(t.node(x), ints(*(dims[0] if isinstance(dims[0], Sequence) else dims)))
 
 

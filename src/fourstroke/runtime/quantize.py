@@ -25,6 +25,8 @@ UNEVEN = (".conv_shortcut", "samplers.", ".ff.net.2")
 (GEGLU)."""
 NORMLESS = "layers."
 """How the names of a tiny autoencoder's layers begin; it has no norm at all."""
+RESULT = ".result"
+"""Behind the name of a layer: what it makes, where attention multiplies that; one range for all its channels."""
 LEVELS = 256
 SMOOTHING = 0.25
 """How much of the channels' differences goes into the weights; alpha of SmoothQuant's equation 4. With the usual half,
@@ -44,11 +46,25 @@ class Range(NamedTuple):
         """The range that holds both."""
         return Range(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
 
-    def smoothed(self, weight: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Factors s of the channels, (C,), with the least and the greatest value, (), of the channels divided by s.
+    def limits(self, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+        """The least and the greatest of 256 levels, both (), that hold all channels alike.
 
-        ``weight`` (C_out, C, …) is to be multiplied by s; s = max|x|^a / max|w|^(1 - a), around 1. ``symmetric``
-        values are those of int8 times one step, -128 to 127; otherwise zero is any of the 256 levels.
+        ``symmetric`` values are those of int8 times one step, -128 to 127; otherwise zero is any of the levels.
+        """
+        low, high = HEADROOM * self.low.min().clamp(max=0), HEADROOM * self.high.max().clamp(min=1e-6)
+        # Zero is one of the levels: convolutions pad with it, and a zero point must be a whole number.
+        if symmetric:
+            below = torch.tensor(LEVELS / 2)
+            step = torch.maximum(-low / below, high / (below - 1))
+        else:
+            step = (high - low) / (LEVELS - 1)
+            below = (-low / step).round()
+        return -below * step, (LEVELS - 1 - below) * step
+
+    def smoothed(self, weight: Tensor) -> tuple[Tensor, Range]:
+        """Factors s of the channels, (C,), and the range of the channels divided by s.
+
+        ``weight`` (C_out, C, …) is to be multiplied by s; s = max|x|^a / max|w|^(1 - a), around 1.
         """
         size = torch.maximum(self.low.abs(), self.high.abs()).clamp(min=1e-6)
         weights = torch.full(size.shape, 1e-6)
@@ -57,16 +73,7 @@ class Range(NamedTuple):
             torch.maximum(weights, rows.abs_().amax(0).view(len(size), -1).amax(1), out=weights)
         smooth = size**SMOOTHING / weights ** (1 - SMOOTHING)
         smooth = smooth / smooth.log().mean().exp()
-        low, high = (self.low / smooth).min().clamp(max=0), (self.high / smooth).max().clamp(min=1e-6)
-        low, high = HEADROOM * low, HEADROOM * high
-        # Zero is one of the levels: convolutions pad with it, and a zero point must be a whole number.
-        if symmetric:
-            below = torch.tensor(LEVELS / 2)
-            step = torch.maximum(-low / below, high / (below - 1))
-        else:
-            step = (high - low) / (LEVELS - 1)
-            below = (-low / step).round()
-        return smooth, -below * step, (LEVELS - 1 - below) * step
+        return smooth, Range(self.low / smooth, self.high / smooth)
 
 
 def eight_bits(weight: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +89,7 @@ def eight_bits(weight: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_eight_bits(ranges: Mapping[str, Range]) -> dict[str, Range]:
-    """The ranges of those layers that run in 8 bits.
+    """The ranges of those layers, and results of layers, that run in 8 bits.
 
     That is all but the first and the last, small ones that all depends on, and those whose input is uneven: few large
     values would leave a handful of levels to the others, and one prompt reaches ten times as far as another. They are
