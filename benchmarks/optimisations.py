@@ -23,7 +23,7 @@ from fourstroke import AutoencoderKL, UNet2DConditionModel
 from fourstroke.runtime.calls import replace_forward_
 from fourstroke.runtime.memory_format import channels_last_
 from fourstroke.runtime.openvino import Accelerated, best_precision, unopenvino_
-from fourstroke.runtime.quantize import Range, in_eight_bits
+from fourstroke.runtime.quantize import RESULT, Range, in_eight_bits
 
 WITHOUT = {
     "upsampling folded into its convolution": ("doubling",),
@@ -39,6 +39,8 @@ def variants(part: nn.Module, precision: str, ranges: Any) -> dict[str, Accelera
     ways[f"{precision} instead of float32"] = Accelerated(part, "f32")
     ways["OpenVINO instead of torch"] = None
     ways["8 bits"] = Accelerated(part, precision, ranges)
+    layers = {name: found for name, found in ranges.items() if not name.endswith(RESULT)}
+    ways["8 bits, but not in attention"] = Accelerated(part, precision, layers)
     return ways
 
 

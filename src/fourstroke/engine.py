@@ -30,7 +30,7 @@ from .runtime.cache import cache_folder
 from .runtime.memory_format import channels_last_
 from .runtime.openvino import Accelerated, accelerated
 from .runtime.options import RuntimeOptions, run_with_
-from .runtime.quantize import Range, fingerprint, in_eight_bits, load_ranges, save_ranges
+from .runtime.quantize import OBSERVED, Range, fingerprint, in_eight_bits, load_ranges, save_ranges
 from .runtime.spill import Spill
 from .runtime.widening import widen_
 
@@ -167,7 +167,7 @@ class Engine:
             return
         sources = [self._unet.source, self.pipeline.vae.source]
         files = [place[0] for source in sources if source is not None for place in source.places.values()]
-        name = fingerprint(files, CALIBRATION, [(str(file.path), file.weight) for file in self.plan.loras])
+        name = fingerprint(files, CALIBRATION, OBSERVED, [(str(file.path), file.weight) for file in self.plan.loras])
         path = cache_folder("ranges") / f"{name}.safetensors"
         ranges = load_ranges(path)
         if ranges is None:

@@ -27,6 +27,8 @@ NORMLESS = "layers."
 """How the names of a tiny autoencoder's layers begin; it has no norm at all."""
 RESULT = ".result"
 """Behind the name of a layer: what it makes, where attention multiplies that; one range for all its channels."""
+OBSERVED = "inputs of layers, factors of attention"
+"""What ranges are learnt of; kept ones that were learnt of less are learnt anew."""
 LEVELS = 256
 SMOOTHING = 0.25
 """How much of the channels' differences goes into the weights; alpha of SmoothQuant's equation 4. With the usual half,
