@@ -142,7 +142,7 @@ class Tracer(TorchFunctionMode):
         plain: short cuts that are not taken.
         doubled: what nearest-neighbour doubling made -> what it was made from.
         linears: what a linear layer made -> its input, weight and bias.
-        makers: what a linear layer made, turned around or not -> the layer's name.
+        makers: what a linear layer made, turned around or not -> the layer's name, or "".
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class Tracer(TorchFunctionMode):
         found: list[Node] = []
         for x in (q, k):
             layer = self.makers.get(id(x))
-            if layer is not None:
+            if layer:
                 name, node = layer + RESULT, self.node(x)
                 self._watch(name, node, range(x.ndim))
                 if name in self.ranges:

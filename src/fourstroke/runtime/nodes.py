@@ -91,9 +91,7 @@ def transposed_kernel(weight: Tensor) -> Tensor:
 
 def _linear(t: Tracer, out: Any, x: Any, weight: Tensor, bias: Any = None) -> Any:
     t.linears[id(out)] = (x, weight, bias)
-    name = t.names.get(id(weight), "")
-    if name:
-        t.makers[id(out)] = name
+    name = t.makers[id(out)] = t.names.get(id(weight), "")
     return _product(t, x, weight, bias, name)
 
 
