@@ -42,9 +42,11 @@ $(VENV)/.test: $(VENV)/.run
 	$(PIP) --group test
 	touch $@
 
-# stable-diffusion.cpp needs a compiler; without it the tables say that it is not there.
+# StreamDiffusion asks for a diffusers of three years ago, and runs with the present one. stable-diffusion.cpp needs a
+# compiler; without it the tables say that it is not there.
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP) --group bench
+	$(PIP) --no-deps streamdiffusion
 	-$(PIP) --group bench-cpp
 	touch $@
 

@@ -105,9 +105,11 @@ PEERS: dict[str, Peer] = {
     # For GPUs.
     "diffusers-fp16": Peer("torch_diffusers", {"dtype": "float16"}),
     "diffusers-fp16-compile": Peer("torch_diffusers", {"dtype": "float16", "compile": True}),
+    "streamdiffusion": Peer("stream_diffusion", {"dtype": "float16"}, TEXT),
     "fourstroke-fp16": ours("float16", backend="eager"),
     "fourstroke-cudagraph": ours("float16", backend="cudagraph"),
 }
 REFERENCE = "fourstroke-fp32"  # what pictures are compared with
-ON_CPU = tuple(name for name in PEERS if not any(word in name for word in ("fp16", "cudagraph", "offload")))
-ON_GPU = ("diffusers-fp16", "diffusers-fp16-compile", "fourstroke-fp16", "fourstroke-cudagraph")
+ELSEWHERE = ("fp16", "cudagraph", "streamdiffusion", "offload")
+ON_CPU = tuple(name for name in PEERS if not any(word in name for word in ELSEWHERE))
+ON_GPU = ("diffusers-fp16", "diffusers-fp16-compile", "streamdiffusion", "fourstroke-fp16", "fourstroke-cudagraph")
