@@ -1,4 +1,4 @@
-"""Each optimisation of a CPU's backends on its own: UNet step and VAE decoding with it and without, in turn.
+"""Each optimisation on a CPU by itself: UNet step, VAE decoding and text encoding with it and without, in turn.
 
 A row an optimisation: seconds with and without, their ratio, and how far the result is from float32 eager torch (PSNR
 against the largest value). Weights are random, of real size; with ``--tiny`` the emoji model's.
@@ -19,11 +19,12 @@ from pictures import psnr
 from timing import Row, arguments, summary, write
 from torch import Tensor, nn
 
-from fourstroke import AutoencoderKL, UNet2DConditionModel
-from fourstroke.runtime.calls import replace_forward_
+from fourstroke import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+from fourstroke.runtime.calls import Forward, replace_forward_
 from fourstroke.runtime.memory_format import channels_last_
-from fourstroke.runtime.openvino import Accelerated, best_precision, unopenvino_
+from fourstroke.runtime.openvino import Accelerated, best_precision
 from fourstroke.runtime.quantize import RESULT, Range, in_eight_bits
+from fourstroke.runtime.recall import Recalled
 
 WITHOUT = {
     "upsampling folded into its convolution": ("doubling",),
@@ -72,16 +73,29 @@ def rows_of(case: str, part: nn.Module, inputs: tuple[Any, ...], options: argpar
 
 
 @torch.no_grad()
-def eager_rows(case: str, part: nn.Module, inputs: tuple[Any, ...], options: argparse.Namespace) -> list[Row]:
-    """The rows of what an engine does for torch itself: convolutions that work pixel by pixel."""
-    reference = part(*inputs)
-    channels_last_(part)
-    rows = [{"case": case, "variant": "all", "psnr_db": closeness(part(*inputs), reference)}]
-    with_it, without = turns(channels_last_, (True, False), part, inputs, options)
+def eager_rows(
+    case: str,
+    part: nn.Module,
+    inputs: tuple[Any, ...],
+    options: argparse.Namespace,
+    variant: str,
+    set_up: Callable[[nn.Module, Any], Any],
+    ways: Sequence[Any],
+) -> list[Row]:
+    """The rows of what an engine does for torch itself; ``ways`` are set up in turn, with it and without."""
+    reference = first_of(part(*inputs))
+    set_up(part, ways[0])
+    rows = [{"case": case, "variant": "all", "psnr_db": closeness(first_of(part(*inputs)), reference)}]
+    with_it, without = turns(set_up, ways, part, inputs, options)
     rows[0] |= summary(with_it)
-    rows.append({"case": case, "variant": "channels last", "psnr_db": closeness(part(*inputs), reference)})
+    rows.append({"case": case, "variant": variant, "psnr_db": closeness(first_of(part(*inputs)), reference)})
     rows[1] |= summary(without, median(with_it))
     return rows
+
+
+def first_of(result: Any) -> Tensor:
+    """What a network returns, or the first of several tensors."""
+    return result if isinstance(result, Tensor) else result[0]
 
 
 def turns(
@@ -102,9 +116,9 @@ def turns(
     return seconds
 
 
-def run_with(part: nn.Module, forward: Accelerated | None) -> nn.Module:
+def run_with(part: nn.Module, forward: Forward | None) -> nn.Module:
     """``part``, which runs ``forward`` from now on, or its own forward."""
-    unopenvino_(part)
+    vars(part).pop("forward", None)
     if forward is not None:
         replace_forward_(part, forward)
     return part
@@ -126,8 +140,13 @@ def main() -> None:
     del unet
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae").requires_grad_(False)
     rows += rows_of("VAE decoder", vae.decoder, (latents,), options)
-    unopenvino_(vae.decoder)
-    rows += eager_rows("VAE decoder in torch", vae.decoder, (latents,), options)
+    run_with(vae.decoder, None)
+    both = (True, False)
+    rows += eager_rows("VAE decoder in torch", vae.decoder, (latents,), options, "channels last", channels_last_, both)
+    encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder").requires_grad_(False)
+    ids = torch.randint(encoder.config.vocab_size, (1, 77), generator=generator)
+    ways = Recalled(encoder), None
+    rows += eager_rows("text encoder, the same prompt", encoder, (ids,), options, "answers kept", run_with, ways)
     write("optimisations", rows, options)
 
 

@@ -31,6 +31,7 @@ from .runtime.memory_format import channels_last_
 from .runtime.openvino import Accelerated, accelerated
 from .runtime.options import RuntimeOptions, run_with_
 from .runtime.quantize import OBSERVED, Range, fingerprint, in_eight_bits, load_ranges, save_ranges
+from .runtime.recall import recall_
 from .runtime.spill import Spill
 from .runtime.widening import widen_
 
@@ -128,6 +129,9 @@ class Engine:
 
     def _set_runtime(self, device: torch.device, dtype: torch.dtype) -> None:
         pipe, options = self.pipeline, self.runtime
+        encoders = pipe._parts().text_encoders
+        for encoder in encoders:
+            recall_(encoder)
         if options.vae == "tiny":
             place = self.base.family.tiny_vae
             if place is None:
@@ -142,7 +146,7 @@ class Engine:
         if options.backend == "openvino":
             # It is small, and what surrounds its encoder and decoder runs in torch.
             pipe.vae.to(torch.float32)
-            for encoder in pipe._parts().text_encoders if dtype == torch.float16 else ():
+            for encoder in encoders if dtype == torch.float16 else ():
                 widen_(encoder)
         if options.offload and device.type == "cpu":
             self._spill = spill = Spill(cache_folder("offload"))
@@ -167,7 +171,9 @@ class Engine:
             return
         sources = [self._unet.source, self.pipeline.vae.source]
         files = [place[0] for source in sources if source is not None for place in source.places.values()]
-        name = fingerprint(files, CALIBRATION, OBSERVED, [(str(file.path), file.weight) for file in self.plan.loras])
+        loras = [(str(file.path), file.weight) for file in self.plan.loras]
+        files += [file.path for file in self.plan.loras]
+        name = fingerprint(files, CALIBRATION, OBSERVED, loras)
         path = cache_folder("ranges") / f"{name}.safetensors"
         ranges = load_ranges(path)
         if ranges is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,15 @@ def test_ranges_are_read_back(steps: list[bool], cache: Path, monkeypatch: pytes
     ranges = [accelerated(it.pipeline.unet)[""].ranges for it in (first, second)]
     assert ranges[0] is not None and ranges[1] is not None and ranges[0].keys() == ranges[1].keys()
     assert all(torch.equal(found.low, ranges[1][name].low) for name, found in ranges[0].items())
-    other = Engine("emoji", loras=["emoji/flat-lora"], runtime=runtime)
-    other.generate("a pizza", seed=1, output_type="latent")
-    assert steps.count(True) == 2 * STEPS and len([*cache.iterdir()]) == 2
+
+
+def test_ranges_belong_to_what_a_lora_file_holds(
+    steps: list[bool], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CALIBRATION", CALIBRATION[:1])
+    file = tmp_path / "style.safetensors"
+    for times, style in enumerate(("flat-lora", "line-lora"), start=1):
+        shutil.copy(EMOJI / style / "pytorch_lora_weights.safetensors", file)
+        it = Engine("emoji", loras=[str(file)], runtime=RuntimeOptions(quantize="int8"))
+        it.generate("a pizza", seed=1, output_type="latent")
+        assert steps.count(True) == times * STEPS and len([*cache.iterdir()]) == times

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..models.ip_adapter import ImageAttention
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a call."""
+ValueT = TypeVar("ValueT")
 
 
 class Forward:
@@ -148,3 +150,21 @@ def weight_places(network: nn.Module) -> tuple[Hashable, ...]:
             places += module.scales
         modules += (child for child in module._modules.values() if child is not None)
     return tuple(places)
+
+
+def versions(network: nn.Module) -> tuple[int, ...] | None:
+    """How often each parameter was written in place; None where torch does not count (`torch.inference_mode`)."""
+    parameters = [*network.parameters()]
+    if any(value.is_inference() for value in parameters):
+        return None
+    return tuple(value._version for value in parameters)
+
+
+def remember(kept: OrderedDict[Any, ValueT], key: Any, most: int, make: Callable[[], ValueT]) -> ValueT:
+    """What is kept under ``key``, made if it is not there; of more than ``most`` those used last stay."""
+    if key not in kept:
+        while len(kept) >= most:
+            kept.popitem(last=False)
+        kept[key] = make()
+    kept.move_to_end(key)
+    return kept[key]

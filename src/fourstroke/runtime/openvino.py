@@ -16,15 +16,25 @@ import functools
 import importlib.util
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from ..parts import release_free_memory
-from .calls import Arguments, Forward, describe, replace_forward_, restore_forward_, tensors_in, weight_places
+from .calls import (
+    Arguments,
+    Forward,
+    describe,
+    remember,
+    replace_forward_,
+    restore_forward_,
+    tensors_in,
+    versions,
+    weight_places,
+)
 from .quantize import Range
 from .spill import Spill
 
@@ -33,9 +43,6 @@ HOST = ("timestep", "added_cond_kwargs", "timestep_cond", "conditioning_scale")
 """Arguments of networks that `graph.trace` takes for host values."""
 HOST_RESULTS = 64
 """Sets of host values that are kept: those of so many different timesteps."""
-
-
-ValueT = TypeVar("ValueT")
 
 
 class Compiled(NamedTuple):
@@ -166,16 +173,6 @@ def host_values(compiled: Compiled, tensors: list[Tensor]) -> dict[int, Tensor]:
     return remember(known, key, HOST_RESULTS, lambda: program.run_host(tensors))
 
 
-def remember(kept: OrderedDict[Any, ValueT], key: Any, most: int, make: Callable[[], ValueT]) -> ValueT:
-    """What is kept under ``key``, made if it is not there; of more than ``most`` those used last stay."""
-    if key not in kept:
-        while len(kept) >= most:
-            kept.popitem(last=False)
-        kept[key] = make()
-    kept.move_to_end(key)
-    return kept[key]
-
-
 def openvino_(
     network: nn.Module,
     precision: str = "bf16",
@@ -257,14 +254,6 @@ def core() -> Any:
 def best_precision() -> str:
     """``"bf16"`` where the CPU multiplies in it, else ``"f32"``."""
     return "bf16" if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
-
-
-def versions(network: nn.Module) -> tuple[int, ...] | None:
-    """How often each parameter was written in place; None where torch does not count (`torch.inference_mode`)."""
-    parameters = [*network.parameters()]
-    if any(value.is_inference() for value in parameters):
-        return None
-    return tuple(value._version for value in parameters)
 
 
 def network_device(network: nn.Module) -> torch.device:
