@@ -42,8 +42,8 @@ $(VENV)/.test: $(VENV)/.run
 	$(PIP) --group test
 	touch $@
 
-# StreamDiffusion asks for a diffusers of three years ago, and runs with the present one. stable-diffusion.cpp needs a
-# compiler; without it the tables say that it is not there.
+# StreamDiffusion pins an old diffusers, and runs with the present one. stable-diffusion.cpp needs a compiler; without it
+# the tables say that it is not there.
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP) --group bench
 	$(PIP) --no-deps streamdiffusion

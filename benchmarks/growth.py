@@ -58,7 +58,7 @@ def measure(axis: str, options: argparse.Namespace) -> list[Row]:
     jobs = {name: (PEERS[name].module, case.job(PEERS[name].options, options.cache, options.device)) for name in names}
     # Every value once before it counts: what is compiled or merged for it is not its running time.
     repeats = 1 if options.tiny else options.repeats
-    changes = [{"seed": i, field: value} for value in values for i in range(repeats + 1)]
+    changes = [{"seed": i, field: value} for i, value in enumerate(np.repeat(values, repeats + 1).tolist())]
     rows: list[Row] = []
     for name, answers in take_turns(jobs, changes, options).items():
         if isinstance(answers, PeerError):
