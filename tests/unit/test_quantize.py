@@ -177,7 +177,7 @@ def seen_by(network: nn.Module, name: str, x: Tensor) -> Tensor:
 
 def runtime_kinds(forward: Accelerated) -> list[str]:
     """What OpenVINO's products and convolutions run in."""
-    (compiled,) = forward._compiled.values()
+    (compiled,) = forward._kept.values()
     assert compiled is not None
     nodes = compiled.request.get_compiled_model().get_runtime_model().get_ops()
     facts = [{key: node.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")} for node in nodes]

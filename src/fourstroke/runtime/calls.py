@@ -63,6 +63,30 @@ class Forward:
         return bound.args, bound.kwargs
 
 
+class Keeping(Forward):
+    """A forward that keeps what it made of the weights, until they are written in place, moved or replaced."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__(network)
+        self._kept: OrderedDict[Any, Any] = OrderedDict()
+        self._weights: Any = None
+
+    def clear(self) -> None:
+        """Drop what is kept, and its memory; the next call makes it anew."""
+        self._kept.clear()
+
+    def _look_after_weights(self, network: nn.Module) -> bool:
+        """Drop what was made of weights that have changed; False where they may change unnoticed."""
+        counts = versions(network)
+        if counts is None:
+            return False
+        weights = weight_places(network), counts
+        if weights != self._weights:
+            self.clear()
+            self._weights = weights
+        return True
+
+
 def replace_forward_(network: nn.Module, forward: Forward) -> None:
     """Let this one object run ``forward``; another of the same type is replaced.
 

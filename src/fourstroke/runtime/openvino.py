@@ -26,14 +26,12 @@ from torch.utils._pytree import tree_unflatten
 from ..parts import release_free_memory
 from .calls import (
     Arguments,
-    Forward,
+    Keeping,
     describe,
     remember,
     replace_forward_,
     restore_forward_,
     tensors_in,
-    versions,
-    weight_places,
 )
 from .quantize import Range
 from .spill import Spill
@@ -59,7 +57,7 @@ class Compiled(NamedTuple):
     host: OrderedDict[bytes, dict[int, Tensor]]
 
 
-class Accelerated(Forward):
+class Accelerated(Keeping):
     """A network's runs by OpenVINO; see `openvino_`, which has the arguments.
 
     Attributes:
@@ -83,8 +81,6 @@ class Accelerated(Forward):
         self.without = without
         self.spill = spill
         self.observed: dict[str, Range] | None = None
-        self._compiled: OrderedDict[Any, Compiled | None] = OrderedDict()
-        self._weights: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or unpickled network has the same settings and compiles for itself."""
@@ -98,24 +94,16 @@ class Accelerated(Forward):
             return self.plain(arguments)
         if network_device(network).type != "cpu":
             return self.plain(arguments)
-        weights = weight_places(network), versions(network)
-        if weights[1] is None:
+        if not self._look_after_weights(network):
             warnings.warn(
                 f"{type(network).__name__} runs in torch, without OpenVINO: its weights were made in "
                 "torch.inference_mode, where changes of them go unnoticed. Load the model outside of it.",
                 stacklevel=3,
             )
             return self.plain(arguments)
-        if weights != self._weights:
-            self._compiled.clear()
-            self._weights = weights
         key = self.observed is not None, describe(arguments)
-        found = remember(self._compiled, key, self.shapes, lambda: self._compile(network, arguments))
+        found = remember(self._kept, key, self.shapes, lambda: self._compile(network, arguments))
         return self.plain(arguments) if found is None else self._run(found, tensors, network)
-
-    def clear(self) -> None:
-        """Drop what is compiled, and its memory; the next call compiles anew."""
-        self._compiled.clear()
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """As `Forward.arguments`; a ``conditioning_scale`` is a tensor too, so that each has not a graph of its own."""

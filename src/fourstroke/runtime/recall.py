@@ -12,25 +12,19 @@ go unnoticed.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
 
-from .calls import Forward, describe, remember, replace_forward_, restore_forward_, tensors_in, versions, weight_places
+from .calls import Keeping, describe, remember, replace_forward_, restore_forward_, tensors_in
 
 CALLS = 4
 """Answers that are kept: those of the last prompts, guided ones having two."""
 
 
-class Recalled(Forward):
+class Recalled(Keeping):
     """A network's forward that looks first whether it was asked the same before; see `recall_`."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__(network)
-        self._known: OrderedDict[Any, Any] = OrderedDict()
-        self._weights: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or unpickled network remembers for itself."""
@@ -39,15 +33,10 @@ class Recalled(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One evaluation, or what it was last time; the arguments and the result are those of the network's own."""
         network, arguments = self.network, self.arguments(args, kwargs)
-        counts = versions(network)
-        if torch.is_grad_enabled() or counts is None:
+        if torch.is_grad_enabled() or not self._look_after_weights(network):
             return self.plain(arguments)
-        weights = weight_places(network), counts
-        if weights != self._weights:
-            self._known.clear()
-            self._weights = weights
         values = tuple(tuple(tensor.flatten().tolist()) for tensor in tensors_in(arguments))
-        return remember(self._known, (describe(arguments), values), CALLS, lambda: self.plain(arguments))
+        return remember(self._kept, (describe(arguments), values), CALLS, lambda: self.plain(arguments))
 
 
 def recall_(network: nn.Module) -> None:
