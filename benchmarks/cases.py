@@ -66,12 +66,16 @@ EVERYTHING = frozenset({"text", "img2img", "controlnet", "animation"})
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to paint: the module in ``peers/`` that does, its options, and the tasks and VAEs that it can."""
+    """A way to paint: the module in ``peers/`` that does, its options, and the tasks and VAEs that it can.
+
+    ``own_noise``: it draws its noise otherwise, so that its pictures cannot be compared.
+    """
 
     module: str
     options: Mapping[str, Any] = field(default_factory=dict)
     tasks: frozenset[str] = EVERYTHING
     tiny_vae: bool = True
+    own_noise: bool = False
 
     def can(self, case: Case) -> bool:
         """Whether it can paint the case at all."""
@@ -91,9 +95,9 @@ PEERS: dict[str, Peer] = {
     "openvino-fp32": Peer("openvino_diffusers", {"precision": "f32"}, TEXT),
     "openvino-bf16": Peer("openvino_diffusers", {"precision": "bf16"}, TEXT),
     "openvino-genai": Peer("openvino_genai_pipeline", {"precision": "bf16"}, TEXT, tiny_vae=False),
-    "sdcpp-q8_0": Peer("sdcpp", {"wtype": "q8_0", "conv_direct": False}, TEXT),
-    "sdcpp-q8_0-direct": Peer("sdcpp", {"wtype": "q8_0", "conv_direct": True}, TEXT),
-    "sdcpp-q4_0": Peer("sdcpp", {"wtype": "q4_0", "conv_direct": False}, TEXT),
+    "sdcpp-q8_0": Peer("sdcpp", {"wtype": "q8_0", "conv_direct": False}, TEXT, own_noise=True),
+    "sdcpp-q8_0-direct": Peer("sdcpp", {"wtype": "q8_0", "conv_direct": True}, TEXT, own_noise=True),
+    "sdcpp-q4_0": Peer("sdcpp", {"wtype": "q4_0", "conv_direct": False}, TEXT, own_noise=True),
     "fourstroke": Peer("ours", {"dtype": None}),
     "fourstroke-fp32": ours("float32", backend="eager"),
     "fourstroke-bf16": ours("bfloat16", backend="eager"),
@@ -105,11 +109,10 @@ PEERS: dict[str, Peer] = {
     # For GPUs.
     "diffusers-fp16": Peer("torch_diffusers", {"dtype": "float16"}),
     "diffusers-fp16-compile": Peer("torch_diffusers", {"dtype": "float16", "compile": True}),
-    "streamdiffusion": Peer("stream_diffusion", {"dtype": "float16"}, TEXT),
+    "streamdiffusion": Peer("stream_diffusion", {"dtype": "float16"}, TEXT, own_noise=True),
     "fourstroke-fp16": ours("float16", backend="eager"),
     "fourstroke-cudagraph": ours("float16", backend="cudagraph"),
 }
 REFERENCE = "fourstroke-fp32"  # what pictures are compared with
-ELSEWHERE = ("fp16", "cudagraph", "streamdiffusion", "offload")
-ON_CPU = tuple(name for name in PEERS if not any(word in name for word in ELSEWHERE))
 ON_GPU = ("diffusers-fp16", "diffusers-fp16-compile", "streamdiffusion", "fourstroke-fp16", "fourstroke-cudagraph")
+ON_CPU = tuple(name for name in PEERS if name not in (*ON_GPU, "fourstroke-int8-offload"))

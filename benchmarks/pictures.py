@@ -176,7 +176,7 @@ def row_of(case: Case, name: str, answers: Any, base: float | None) -> Row:
 def closeness(folder: Path, case: Case, name: str) -> Row:
     """PSNR and SSIM of a peer's first pictures to the reference's, where they began with the same noise."""
     files = folder / f"{name}.npy", folder / f"{REFERENCE}.npy"
-    other_noise = name.startswith(("sdcpp", "streamdiffusion")) or name == "openvino-genai" and case.batch > 1
+    other_noise = PEERS[name].own_noise or name == "openvino-genai" and case.batch > 1
     if other_noise or not all(file.exists() for file in files):
         return {"psnr_db": None, "ssim": None}
     first, second = (np.load(file).astype(np.float64) for file in files)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "fourstroke", "diffusers", "transformers", "peft", "openvino", "openvino-genai")
-PACKAGES += ("stable-diffusion-cpp-python", "streamdiffusion")
+LIBRARIES = ("diffusers", "transformers", "peft", "openvino", "openvino-genai")
+PACKAGES = ("torch", "fourstroke", *LIBRARIES, "stable-diffusion-cpp-python", "streamdiffusion")
 # Columns that say where and when: one line above a table.
 CIRCUMSTANCES = ("date", "threads", "machine", "versions")
 Row = dict[str, Any]
