@@ -125,6 +125,9 @@ def test_ranges_are_read_back(steps: list[bool], cache: Path, monkeypatch: pytes
     ranges = [accelerated(it.pipeline.unet)[""].ranges for it in (first, second)]
     assert ranges[0] is not None and ranges[1] is not None and ranges[0].keys() == ranges[1].keys()
     assert all(torch.equal(found.low, ranges[1][name].low) for name, found in ranges[0].items())
+    other = Engine("emoji", loras=["emoji/flat-lora"], runtime=runtime)
+    other.generate("a pizza", seed=1, output_type="latent")
+    assert steps.count(True) == 2 * STEPS and len([*cache.iterdir()]) == 2
 
 
 def test_ranges_belong_to_what_a_lora_file_holds(
